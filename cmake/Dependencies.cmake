@@ -1,0 +1,16 @@
+# Every dependency is a Debian package; an installed infemeral looks for the same ones (this file is
+# installed beside infemeralConfig.cmake).
+include(CMakeFindDependencyMacro)
+find_dependency(PkgConfig)
+find_dependency(Threads)
+find_dependency(absl)
+find_dependency(Protobuf)
+find_dependency(gRPC)
+find_dependency(Eigen3)
+find_dependency(nlohmann_json)
+find_dependency(TBB)
+foreach(module libsodium liblz4 libpcre2-8 libutf8proc)
+  if(NOT TARGET PkgConfig::${module})
+    pkg_check_modules(${module} REQUIRED IMPORTED_TARGET GLOBAL ${module})
+  endif()
+endforeach()

@@ -1,0 +1,69 @@
+// Sampling: from one row of logits to a token id, without sorting the vocabulary.
+//
+// The order of the stages is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p.
+// What survives is sampled by the Gumbel-max trick: the winner is argmax(logit_i / T + g_i), where
+// g_i = -ln(-ln(u_i)) and u_i comes from Philox4x32-10 keyed by (seed, position, token id). The
+// draw is exact, needs no normaliser, and depends on neither backend, batching nor thread count.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace infemeral {
+
+struct SamplingParams {
+  float temperature = 0;         // 0: greedy; the filters below then do not matter
+  int top_k = 0;                 // keep the k largest logits (and ties with the k-th); 0: off
+  float top_p = 1;               // keep the smallest set with probability >= top_p; 1: off
+  float min_p = 0;               // drop tokens below min_p times the largest probability; 0: off
+  float repetition_penalty = 1;  // Hugging Face's: logits of seen tokens are divided (or, when
+                                 // negative, multiplied) by it; 1: off
+  std::uint64_t seed = 0;
+
+  bool greedy() const { return temperature == 0; }
+};
+
+// InvalidArgument, naming the field, when a value is outside its range or not finite.
+absl::Status validate(const SamplingParams& params);
+
+// Four 32-bit words of Philox4x32-10 (Salmon et al., SC11, "Parallel random numbers: as easy as
+// 1, 2, 3"), with the counter layout of cuRAND: words 4*block .. 4*block+3 of subsequence
+// `subsequence` under `seed`.
+struct PhiloxWords {
+  std::uint32_t word[4];
+};
+PhiloxWords philox4x32(std::uint64_t seed, std::uint64_t subsequence, std::uint64_t block);
+
+// The Gumbel noise of a token at a position: a function of its three arguments alone.
+double gumbel_noise(std::uint64_t seed, std::uint64_t position, std::uint32_t token);
+
+// One row of the head's work.
+struct SampleRequest {
+  SamplingParams params;
+  std::uint64_t position = 0;  // of the token to be chosen, counted from the prompt's start
+  std::span<const std::int32_t> history;  // tokens so far, for the repetition penalty; valid ids
+};
+
+// Chooses a token from `logits` (one per vocabulary entry; overwritten as scratch). NaN logits are
+// never chosen; ties go to the lowest id. Keeps its buffers between calls: one Sampler per thread.
+class Sampler {
+ public:
+  std::int32_t sample(std::span<float> logits, const SampleRequest& request);
+
+ private:
+  struct Candidate {
+    float logit;
+    std::int32_t id;
+  };
+  std::int32_t draw(const SampleRequest& request) const;
+  void keep_top_k(std::size_t k);
+  void keep_top_p(double top_p);
+
+  std::vector<Candidate> candidates_;
+  std::vector<bool> seen_;
+};
+
+}  // namespace infemeral

@@ -1,0 +1,131 @@
+#include "engine/wire.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "engine/float16.h"
+
+namespace infemeral {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "the wire format is little-endian");
+
+constexpr float kMaxF16 = 65504.0f;
+
+std::uint16_t f16_clamped(float value) {
+  return f32_to_f16(std::isnan(value) ? value : std::clamp(value, -kMaxF16, kMaxF16));
+}
+
+std::size_t i8_blocks(std::size_t cols) {
+  return (cols + kI8Block - 1) / kI8Block;
+}
+
+void encode_i8(std::span<const float> row, std::byte* out) {
+  std::byte* values = out + 2 * i8_blocks(row.size());
+  for (std::size_t begin = 0; begin < row.size(); begin += kI8Block) {
+    const auto block = row.subspan(begin, std::min(kI8Block, row.size() - begin));
+    float max = 0;
+    for (float x : block) max = std::max(max, std::fabs(x));
+    const std::uint16_t half_scale = f16_clamped(max / 127.0f);
+    std::memcpy(out + 2 * (begin / kI8Block), &half_scale, 2);
+    // Dividing by the rounded scale, the one that the reader has, keeps the error below half a
+    // step.
+    const float scale = f16_to_f32(half_scale);
+    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    for (std::size_t j = 0; j < block.size(); ++j) {
+      const float scaled = std::clamp(block[j] * inverse, -127.0f, 127.0f);
+      values[begin + j] = static_cast<std::byte>(
+          static_cast<std::int8_t>(std::isnan(scaled) ? 0 : std::lrintf(scaled)));
+    }
+  }
+}
+
+void decode_i8(const std::byte* in, std::span<float> row) {
+  const std::byte* values = in + 2 * i8_blocks(row.size());
+  for (std::size_t begin = 0; begin < row.size(); begin += kI8Block) {
+    std::uint16_t half_scale;
+    std::memcpy(&half_scale, in + 2 * (begin / kI8Block), 2);
+    const float scale = f16_to_f32(half_scale);
+    const std::size_t end = std::min(begin + kI8Block, row.size());
+    for (std::size_t j = begin; j < end; ++j) {
+      row[j] = scale * static_cast<float>(static_cast<std::int8_t>(values[j]));
+    }
+  }
+}
+
+}  // namespace
+
+std::string_view wire_dtype_name(WireDtype dtype) {
+  switch (dtype) {
+    case WireDtype::kF32:
+      return "f32";
+    case WireDtype::kF16:
+      return "f16";
+    case WireDtype::kI8:
+      return "i8";
+  }
+  return "invalid";
+}
+
+std::optional<WireDtype> parse_wire_dtype(std::string_view name) {
+  for (WireDtype dtype : {WireDtype::kF32, WireDtype::kF16, WireDtype::kI8}) {
+    if (name == wire_dtype_name(dtype)) return dtype;
+  }
+  return std::nullopt;
+}
+
+std::optional<WireDtype> wire_dtype_from_number(std::uint32_t number) {
+  if (number < 1 || number > 3) return std::nullopt;
+  return static_cast<WireDtype>(number);
+}
+
+std::size_t wire_row_bytes(WireDtype dtype, std::size_t cols) {
+  switch (dtype) {
+    case WireDtype::kF32:
+      return 4 * cols;
+    case WireDtype::kF16:
+      return 2 * cols;
+    case WireDtype::kI8:
+      return 2 * i8_blocks(cols) + cols;
+  }
+  return 0;
+}
+
+void encode_wire_row(WireDtype dtype, std::span<const float> row, std::byte* out) {
+  switch (dtype) {
+    case WireDtype::kF32:
+      std::memcpy(out, row.data(), row.size_bytes());
+      return;
+    case WireDtype::kF16:
+      for (std::size_t j = 0; j < row.size(); ++j) {
+        const std::uint16_t half = f16_clamped(row[j]);
+        std::memcpy(out + 2 * j, &half, 2);
+      }
+      return;
+    case WireDtype::kI8:
+      encode_i8(row, out);
+      return;
+  }
+}
+
+void decode_wire_row(WireDtype dtype, const std::byte* in, std::span<float> row) {
+  switch (dtype) {
+    case WireDtype::kF32:
+      std::memcpy(row.data(), in, row.size_bytes());
+      return;
+    case WireDtype::kF16:
+      for (std::size_t j = 0; j < row.size(); ++j) {
+        std::uint16_t half;
+        std::memcpy(&half, in + 2 * j, 2);
+        row[j] = f16_to_f32(half);
+      }
+      return;
+    case WireDtype::kI8:
+      decode_i8(in, row);
+      return;
+  }
+}
+
+}  // namespace infemeral

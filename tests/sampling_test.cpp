@@ -1,0 +1,163 @@
+#include "engine/sampling.h"
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <random>
+
+namespace infemeral {
+namespace {
+
+std::mt19937_64& rng() {
+  static std::mt19937_64 generator{std::random_device{}()};
+  return generator;
+}
+
+std::vector<float> random_logits(std::size_t n, float scale = 3) {
+  std::normal_distribution<float> normal(0, scale);
+  std::vector<float> logits(n);
+  for (float& x : logits) x = normal(rng());
+  return logits;
+}
+
+// The stages as Hugging Face describes them, slowly: sort everything, float64 probabilities.
+std::vector<double> reference_distribution(const std::vector<float>& logits,
+                                           const SampleRequest& request) {
+  const SamplingParams& p = request.params;
+  std::vector<double> x(logits.begin(), logits.end());
+  std::vector<bool> penalised(x.size());
+  for (std::int32_t id : request.history) {
+    if (penalised[static_cast<std::size_t>(id)]) continue;
+    penalised[static_cast<std::size_t>(id)] = true;
+    double& v = x[static_cast<std::size_t>(id)];
+    v = v > 0 ? v / p.repetition_penalty : v * p.repetition_penalty;
+  }
+  for (double& v : x) v /= p.temperature;
+  std::vector<std::size_t> order(x.size());
+  std::iota(order.begin(), order.end(), 0u);
+  std::sort(order.begin(), order.end(), [&](auto a, auto b) { return x[a] > x[b]; });
+  std::size_t keep = order.size();
+  if (p.top_k > 0) keep = std::min<std::size_t>(keep, static_cast<std::size_t>(p.top_k));
+  double z = 0;
+  for (std::size_t i = 0; i < keep; ++i) z += std::exp(x[order[i]] - x[order[0]]);
+  if (p.top_p < 1) {
+    double inside = 0;
+    for (std::size_t i = 0; i < keep; ++i) {
+      inside += std::exp(x[order[i]] - x[order[0]]) / z;
+      if (inside >= p.top_p) keep = i + 1;
+    }
+  }
+  if (p.min_p > 0) {
+    while (keep > 1 && std::exp(x[order[keep - 1]] - x[order[0]]) < p.min_p) --keep;
+  }
+  std::vector<double> probability(x.size(), 0);
+  z = 0;
+  for (std::size_t i = 0; i < keep; ++i) z += std::exp(x[order[i]] - x[order[0]]);
+  for (std::size_t i = 0; i < keep; ++i) {
+    probability[order[i]] = std::exp(x[order[i]] - x[order[0]]) / z;
+  }
+  return probability;
+}
+
+}  // namespace
+
+TEST_CASE("Philox4x32-10 gives the published vectors") {
+  // Random123's kat_vectors: counter and key all zero, all ones, and the digits of pi.
+  const auto check = [](std::uint64_t seed, std::uint64_t sub, std::uint64_t block,
+                        std::array<std::uint32_t, 4> expected) {
+    const PhiloxWords words = philox4x32(seed, sub, block);
+    for (std::size_t i = 0; i < 4; ++i) CHECK(words.word[i] == expected[i]);
+  };
+  check(0, 0, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8});
+  check(~0ull, ~0ull, ~0ull, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd});
+  check(0x299f31d0a4093822ull, 0x0370734413198a2eull, 0x85a308d3243f6a88ull,
+        {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1});
+}
+
+TEST_CASE("greedy takes the maximum, the lowest id of equals, never NaN") {
+  Sampler sampler;
+  std::vector<float> logits = random_logits(1000);
+  logits[7] = logits[900] = 50;
+  logits[3] = std::numeric_limits<float>::quiet_NaN();
+  CHECK(sampler.sample(logits, {}) == 7);
+}
+
+TEST_CASE("what survives the filters, and how often, is what the definition says") {
+  struct Case {
+    SamplingParams params;
+    std::vector<std::int32_t> history;
+  };
+  const std::vector<Case> cases = {
+      {{.temperature = 1}, {}},
+      {{.temperature = 0.7f, .top_p = 0.9f}, {}},
+      {{.temperature = 1.3f, .top_k = 5}, {}},
+      {{.temperature = 1, .min_p = 0.1f}, {}},
+      {{.temperature = 0.8f, .top_k = 12, .top_p = 0.8f, .min_p = 0.05f}, {}},
+      {{.temperature = 1, .top_k = 20, .repetition_penalty = 1.5f}, {1, 2, 2, 3, 5, 8}},
+  };
+  Sampler sampler;
+  const std::size_t vocab = 200;
+  const int draws = 20000;
+  for (const Case& c : cases) {
+    const std::vector<float> logits = random_logits(vocab, 2);
+    SampleRequest request{.params = c.params, .position = 0, .history = c.history};
+    request.params.seed = rng()();
+    const std::vector<double> expected = reference_distribution(logits, request);
+    std::vector<int> counts(vocab, 0);
+    for (int i = 0; i < draws; ++i) {
+      request.position = static_cast<std::uint64_t>(i);
+      std::vector<float> scratch = logits;
+      ++counts[static_cast<std::size_t>(sampler.sample(scratch, request))];
+    }
+    for (std::size_t i = 0; i < vocab; ++i) {
+      const double mean = expected[i] * draws;
+      if (expected[i] == 0) {
+        CHECK(counts[i] == 0);
+      } else {
+        // Six standard deviations of the binomial, plus one draw: about 1e-9 a check by chance.
+        CHECK(std::fabs(counts[i] - mean) <= 6 * std::sqrt(mean * (1 - expected[i])) + 1);
+      }
+    }
+  }
+}
+
+TEST_CASE("the same seed and position give the same token, whatever else is in the buffers") {
+  Sampler warm, fresh;
+  const std::vector<float> logits = random_logits(5000);
+  SampleRequest request{.params = {.temperature = 1, .top_p = 0.95f, .seed = 42}};
+  for (request.position = 0; request.position < 50; ++request.position) {
+    std::vector<float> a = logits, b = logits, noise = random_logits(5000);
+    warm.sample(noise, request);
+    Sampler once;
+    CHECK(warm.sample(a, request) == once.sample(b, request));
+  }
+}
+
+TEST_CASE("flat and extreme logits do not break the filters") {
+  Sampler sampler;
+  SampleRequest request{.params = {.temperature = 1, .top_k = 3, .top_p = 0.5f, .min_p = 0.5f}};
+  std::vector<float> flat(1000, 1.5f);
+  CHECK(sampler.sample(flat, request) >= 0);
+  std::vector<float> extreme(1000, -std::numeric_limits<float>::infinity());
+  extreme[17] = 3e38f;
+  CHECK(sampler.sample(extreme, request) == 17);
+  std::vector<float> nothing(10, std::numeric_limits<float>::quiet_NaN());
+  CHECK(sampler.sample(nothing, request) == 0);
+}
+
+TEST_CASE("parameters outside their range are refused by name") {
+  const auto message = [](SamplingParams p) { return std::string(validate(p).message()); };
+  CHECK(validate({}).ok());
+  CHECK(message({.temperature = -1}).find("temperature") == 0);
+  CHECK(message({.temperature = NAN}).find("temperature") == 0);
+  CHECK(message({.top_k = -2}).find("top_k") == 0);
+  CHECK(message({.top_p = 0}).find("top_p") == 0);
+  CHECK(message({.top_p = 1.5f}).find("top_p") == 0);
+  CHECK(message({.min_p = 2}).find("min_p") == 0);
+  CHECK(message({.repetition_penalty = 0}).find("repetition_penalty") == 0);
+}
+
+}  // namespace infemeral

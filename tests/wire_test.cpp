@@ -1,0 +1,110 @@
+#include "engine/wire.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "engine/float16.h"
+
+namespace infemeral {
+namespace {
+
+std::vector<float> random_row(std::size_t cols, float scale) {
+  static std::mt19937_64 rng{std::random_device{}()};
+  std::normal_distribution<float> normal(0, scale);
+  std::vector<float> row(cols);
+  for (float& x : row) x = normal(rng);
+  return row;
+}
+
+// Encodes into a buffer of exact size (so that a sanitizer sees an overrun) and decodes again.
+std::vector<float> round_trip(WireDtype dtype, const std::vector<float>& row) {
+  std::vector<std::byte> bytes(wire_row_bytes(dtype, row.size()));
+  encode_wire_row(dtype, row, bytes.data());
+  std::vector<float> back(row.size(), std::numeric_limits<float>::quiet_NaN());
+  decode_wire_row(dtype, bytes.data(), back);
+  return back;
+}
+
+}  // namespace
+
+TEST_CASE("every binary16 value survives the way to float32 and back") {
+  for (std::uint32_t half = 0; half < 0x10000; ++half) {
+    const float value = f16_to_f32(static_cast<std::uint16_t>(half));
+    if (std::isnan(value)) {
+      REQUIRE((half & 0x7fff) > 0x7c00);
+      REQUIRE(std::isnan(f16_to_f32(f32_to_f16(value))));
+    } else {
+      REQUIRE(f32_to_f16(value) == half);
+    }
+  }
+}
+
+#ifdef __FLT16_MANT_DIG__
+TEST_CASE("float16 rounding equals the compiler's own") {
+  std::mt19937 rng{std::random_device{}()};
+  for (int i = 0; i < 2'000'000; ++i) {
+    const float value = std::bit_cast<float>(static_cast<std::uint32_t>(rng()));
+    if (std::isnan(value)) continue;
+    const auto expected = std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
+    if (f32_to_f16(value) != expected) {
+      CAPTURE(value);
+      REQUIRE(f32_to_f16(value) == expected);
+    }
+  }
+}
+#endif
+
+TEST_CASE("bfloat16 rounds to nearest even and keeps NaN") {
+  CHECK(f32_to_bf16(1.0f) == 0x3f80);
+  CHECK(f32_to_bf16(std::bit_cast<float>(0x3f808000u)) == 0x3f80);  // tie, to even
+  CHECK(f32_to_bf16(std::bit_cast<float>(0x3f818000u)) == 0x3f82);  // tie, to even
+  CHECK(f32_to_bf16(std::bit_cast<float>(0x3f808001u)) == 0x3f81);
+  CHECK(std::isnan(bf16_to_f32(f32_to_bf16(std::bit_cast<float>(0x7f800001u)))));
+  CHECK(std::isinf(bf16_to_f32(f32_to_bf16(std::numeric_limits<float>::max()))));
+}
+
+TEST_CASE("wire rows have the documented size and error") {
+  for (std::size_t cols : {1, 2, 63, 64, 65, 127, 576, 4096}) {
+    for (float scale : {1e-6f, 1.0f, 3e3f}) {
+      const std::vector<float> row = random_row(cols, scale);
+      CHECK(wire_row_bytes(WireDtype::kI8, cols) == 2 * ((cols + 63) / 64) + cols);
+      CHECK(round_trip(WireDtype::kF32, row) == row);
+
+      const std::vector<float> f16 = round_trip(WireDtype::kF16, row);
+      const std::vector<float> i8 = round_trip(WireDtype::kI8, row);
+      for (std::size_t j = 0; j < cols; ++j) {
+        // Half a unit in the last place of binary16, or half its subnormal step.
+        CHECK(std::fabs(f16[j] - row[j]) <= std::max(std::fabs(row[j]) * 0x1p-11f, 0x1p-25f));
+        float max = 0;
+        for (std::size_t i = j / 64 * 64; i < std::min(cols, j / 64 * 64 + 64); ++i) {
+          max = std::max(max, std::fabs(row[i]));
+        }
+        // Half a step, plus what rounding the scale to binary16 (or its subnormal step) can add.
+        CHECK(std::fabs(i8[j] - row[j]) <= max / 127 * 0.5f + max * 0x1p-10f + 127 * 0x1p-24f);
+      }
+    }
+  }
+}
+
+TEST_CASE("values beyond float16 are clamped, zeros stay zero") {
+  const std::vector<float> huge = {1e30f, -1e30f, 0.0f};
+  CHECK(round_trip(WireDtype::kF16, huge) == std::vector<float>{65504, -65504, 0});
+  for (float x : round_trip(WireDtype::kI8, huge)) CHECK(std::isfinite(x));
+  CHECK(round_trip(WireDtype::kI8, {0, 0, 0}) == std::vector<float>{0, 0, 0});
+}
+
+TEST_CASE("dtype names and numbers from outside") {
+  for (WireDtype dtype : {WireDtype::kF32, WireDtype::kF16, WireDtype::kI8}) {
+    CHECK(parse_wire_dtype(wire_dtype_name(dtype)) == dtype);
+    CHECK(wire_dtype_from_number(static_cast<std::uint32_t>(dtype)) == dtype);
+  }
+  CHECK(!parse_wire_dtype("f64"));
+  CHECK(!wire_dtype_from_number(0));
+  CHECK(!wire_dtype_from_number(4));
+}
+
+}  // namespace infemeral
