@@ -3,8 +3,8 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "engine/file.h"
-#include "engine/str_cat.h"
+#include "engine/json_file.h"
+#include "engine/text.h"
 
 namespace infemeral {
 namespace {
@@ -16,7 +16,7 @@ absl::Status read_number(const Json& json, const char* name, float& value) {
   const auto field = json.find(name);
   if (field == json.end() || field->is_null()) return absl::OkStatus();
   if (!field->is_number()) {
-    return absl::InvalidArgumentError(str_cat(kFile, ": ", name, " is not a number"));
+    return absl::InvalidArgumentError(cat(kFile, ": ", name, " is not a number"));
   }
   value = field->get<float>();
   return absl::OkStatus();
@@ -30,7 +30,7 @@ absl::Status read_end_tokens(const Json& json, std::vector<std::int32_t>& tokens
     if (!id.is_number_unsigned() ||
         id.get<std::uint64_t>() > std::numeric_limits<std::int32_t>::max()) {
       return absl::InvalidArgumentError(
-          str_cat(kFile, ": eos_token_id is neither a token id nor a list of token ids"));
+          cat(kFile, ": eos_token_id is neither a token id nor a list of token ids"));
     }
     tokens.push_back(id.get<std::int32_t>());
   }
@@ -40,9 +40,11 @@ absl::Status read_end_tokens(const Json& json, std::vector<std::int32_t>& tokens
 }  // namespace
 
 absl::StatusOr<GenerationConfig> parse_generation_config(std::string_view text) {
-  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  auto parsed = parse_json(text, kFile);
+  if (!parsed.ok()) return parsed.status();
+  const Json& json = *parsed;
   if (!json.is_object()) {
-    return absl::InvalidArgumentError(str_cat(kFile, " is not a JSON object"));
+    return absl::InvalidArgumentError(cat(kFile, " is not a JSON object"));
   }
   GenerationConfig config;
   if (auto status = read_end_tokens(json, config.end_tokens); !status.ok()) return status;
@@ -58,7 +60,7 @@ absl::StatusOr<GenerationConfig> parse_generation_config(std::string_view text) 
     if (auto status = read_number(json, name, *value); !status.ok()) return status;
   }
   if (!(top_k >= 0 && top_k < 1e9f)) {
-    return absl::InvalidArgumentError(str_cat(kFile, ": top_k is out of range"));
+    return absl::InvalidArgumentError(cat(kFile, ": top_k is out of range"));
   }
   sampling.top_k = static_cast<int>(top_k);
   const auto do_sample = json.find("do_sample");
@@ -66,7 +68,7 @@ absl::StatusOr<GenerationConfig> parse_generation_config(std::string_view text) 
     sampling = {.repetition_penalty = sampling.repetition_penalty};
   }
   if (auto status = validate(sampling); !status.ok()) {
-    return absl::InvalidArgumentError(str_cat(kFile, ": ", status.message()));
+    return absl::InvalidArgumentError(cat(kFile, ": ", status.message()));
   }
   return config;
 }

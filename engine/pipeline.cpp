@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <chrono>
 
-#include "engine/str_cat.h"
+#include "engine/text.h"
 
 namespace infemeral {
 namespace {
@@ -28,9 +28,9 @@ absl::StatusOr<SessionInfo> Pipeline::open(std::stop_token stop) {
   absl::StatusOr<SessionInfo> opened = link_.open_session(stop);
   if (!opened.ok()) return opened.status();
   if (opened->hidden_size != backend_.hidden_size() || opened->max_rows == 0) {
-    return absl::FailedPreconditionError(str_cat("the body's hidden size is ", opened->hidden_size,
-                                                 " and the client's is ", backend_.hidden_size(),
-                                                 "; they were not prepared from the same model"));
+    return absl::FailedPreconditionError(cat("the body's hidden size is ", opened->hidden_size,
+                                             " and the client's is ", backend_.hidden_size(),
+                                             "; they were not prepared from the same model"));
   }
   session_ = *opened;
   cached_.clear();
@@ -56,9 +56,9 @@ absl::Status Pipeline::send_rows(std::uint32_t start_pos, std::span<const std::i
   const std::uint32_t expected_rows = wanted == Wanted::kLast ? 1 : 0;
   if (reply_.rows != expected_rows || reply_.kv_len != start_pos + ids.size()) {
     session_.reset();
-    return absl::DataLossError(str_cat("the body answered with ", reply_.rows, " rows at position ",
-                                       reply_.kv_len, " instead of ", expected_rows, " at ",
-                                       start_pos + ids.size()));
+    return absl::DataLossError(cat("the body answered with ", reply_.rows, " rows at position ",
+                                   reply_.kv_len, " instead of ", expected_rows, " at ",
+                                   start_pos + ids.size()));
   }
   cached_.insert(cached_.end(), ids.begin(), ids.end());
   return absl::OkStatus();
@@ -88,9 +88,9 @@ absl::Status Pipeline::generate(const GenerateRequest& request, const TokenCallb
 
   const std::size_t context = session_->max_context;
   if (request.prompt.size() >= context) {
-    return absl::InvalidArgumentError(str_cat("the prompt has ", request.prompt.size(),
-                                              " tokens and the context holds ", context,
-                                              "; shorten the prompt"));
+    return absl::InvalidArgumentError(cat("the prompt has ", request.prompt.size(),
+                                          " tokens and the context holds ", context,
+                                          "; shorten the prompt"));
   }
   // The last token chosen needs no place in the cache: it is never sent.
   const std::size_t max_tokens =

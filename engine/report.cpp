@@ -13,7 +13,7 @@
 #include <thread>
 
 #include "absl/strings/str_format.h"
-#include "engine/str_cat.h"
+#include "engine/text.h"
 #include "engine/version.h"
 
 namespace infemeral {
@@ -66,19 +66,19 @@ Json environment() {
   uname(&system);
   return {{"cpu", cpu_model()},
           {"logical_cores", std::thread::hardware_concurrency()},
-          {"os", str_cat(system.sysname, " ", system.release)},
+          {"os", cat(system.sysname, " ", system.release)},
           {"machine", std::string(system.machine)}};
 }
 
 void put_latency(Json& json, const std::string& name, std::span<const double> samples) {
   const Summary s = summarize(samples);
-  json[str_cat("mean_", name, "_ms")] = rounded(s.mean);
-  json[str_cat("median_", name, "_ms")] = rounded(s.median);
-  json[str_cat("std_", name, "_ms")] = rounded(s.std);
-  json[str_cat("p50_", name, "_ms")] = rounded(s.p50);
-  json[str_cat("p90_", name, "_ms")] = rounded(s.p90);
-  json[str_cat("p95_", name, "_ms")] = rounded(s.p95);
-  json[str_cat("p99_", name, "_ms")] = rounded(s.p99);
+  json[cat("mean_", name, "_ms")] = rounded(s.mean);
+  json[cat("median_", name, "_ms")] = rounded(s.median);
+  json[cat("std_", name, "_ms")] = rounded(s.std);
+  json[cat("p50_", name, "_ms")] = rounded(s.p50);
+  json[cat("p90_", name, "_ms")] = rounded(s.p90);
+  json[cat("p95_", name, "_ms")] = rounded(s.p95);
+  json[cat("p99_", name, "_ms")] = rounded(s.p99);
 }
 
 Json phases_json(std::span<const TokenTiming> timings) {

@@ -143,7 +143,8 @@ absl::Status read_openai(const Json& line, BatchItem& item) {
 
 absl::Status read_json_item(std::string_view text, BatchItem& item) {
   auto line = parse_json(text, "the line");
-  if (!line.ok()) return line.status();
+  // Not the parser's own words: they quote the line, and a prompt must not reach a log.
+  if (!line.ok()) return absl::InvalidArgumentError("the line is not valid JSON");
   if (!line->is_object()) return absl::InvalidArgumentError("the line is not a JSON object");
   if (line->contains("custom_id")) {
     item.kind = BatchItem::Kind::kOpenAiChat;  // until the URL says otherwise

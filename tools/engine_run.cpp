@@ -6,7 +6,7 @@
 #include <fstream>
 #include <iostream>
 
-#include "engine/file.h"
+#include "engine/json_file.h"
 #include "engine/metrics.h"
 #include "engine/pipeline.h"
 #include "engine/report.h"
@@ -323,7 +323,7 @@ class Run {
 
   absl::Status write_report(double wall_ms) {
     if (options_.report_file.empty()) return absl::OkStatus();
-    return write_text_file(options_.report_file,
+    return replace_file(options_.report_file,
                            report_.json(description_, connection_.link->counters(),
                                         backend_->memory(), wall_ms, options_.profile));
   }

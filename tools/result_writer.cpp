@@ -5,7 +5,7 @@
 
 #include <cerrno>
 
-#include "engine/file.h"
+#include "engine/json_file.h"
 #include "engine/text.h"
 
 namespace infemeral {
@@ -30,7 +30,7 @@ absl::StatusOr<std::unique_ptr<ResultWriter>> ResultWriter::open(
     return absl::AlreadyExistsError(
         cat(options.file, " exists; choose another --output or give --overwrite"));
   }
-  if (fd < 0) return file_error("write", options.file, errno);
+  if (fd < 0) return errno_status(errno, "cannot write", options.file);
   writer->lines_ = ::fdopen(fd, "w");
   writer->owns_lines_ = true;
   return writer;
@@ -52,7 +52,7 @@ void ResultWriter::text(std::string_view piece) {
 
 absl::Status ResultWriter::check(std::FILE* file, std::string_view name) const {
   if (std::fflush(file) != 0 || std::ferror(file) != 0) {
-    return file_error("write", std::string(name), errno != 0 ? errno : EIO);
+    return errno_status(errno != 0 ? errno : EIO, "cannot write to", std::string(name));
   }
   return absl::OkStatus();
 }
@@ -74,7 +74,7 @@ absl::Status ResultWriter::finish() {
   const bool failed = ::fsync(::fileno(lines_)) != 0 && errno != EINVAL;
   const int error = errno;
   if (std::fclose(std::exchange(lines_, nullptr)) != 0 || failed) {
-    return file_error("write", name_, error);
+    return errno_status(error, "cannot write to", name_);
   }
   return absl::OkStatus();
 }
