@@ -27,6 +27,7 @@ class Identity {
  public:
   // A fresh key pair from the system's random source.
   static Identity generate();
+  static Identity from_secret(SecretKey secret);
 
   // Reads a secret key file. NotFound; PermissionDenied when group or others have any access to the
   // file; InvalidArgument when it holds a public key or something else.

@@ -19,7 +19,6 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <string_view>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -34,7 +33,7 @@ enum class CipherSuite : std::uint8_t {
   kChaChaPoly = 2,  // Noise_IK_25519_ChaChaPoly_SHA256: everywhere
 };
 
-std::string_view cipher_suite_name(CipherSuite suite);  // the Noise protocol name
+std::string cipher_suite_name(CipherSuite suite);  // the Noise protocol name
 std::optional<CipherSuite> cipher_suite_from_number(std::uint32_t number);
 bool cipher_suite_available(CipherSuite suite);  // on this processor
 
@@ -47,21 +46,18 @@ inline constexpr std::size_t kNoiseMessage2Size = 48;
 // A key and a counter: one direction of the channel. Needs an available suite.
 class CipherState {
  public:
-  CipherState(CipherSuite suite, const SecretBytes<32>& key);
+  CipherState(CipherSuite suite, SecretBytes<32> key);
   ~CipherState();
   CipherState(CipherState&&) noexcept;
   CipherState& operator=(CipherState&&) noexcept;
 
-  // Appends the ciphertext and its tag to `out`. InvalidArgument beyond kNoiseMaxPayload bytes;
-  // ResourceExhausted when all 2^64 - 1 nonces are used.
-  absl::Status encrypt(std::span<const std::byte> plaintext, std::string& out);
-  // Appends the plaintext to `out`; on an error `out` is as before. DataLoss for anything that is
-  // not the next message of this direction.
-  absl::Status decrypt(std::span<const std::byte> message, std::string& out);
-
-  // The same with associated data, which the handshake uses for its transcript hash.
+  // Appends the ciphertext and its tag to `out`. `associated` is empty except in the handshake.
+  // InvalidArgument beyond kNoiseMaxPayload bytes; ResourceExhausted when all 2^64 - 1 nonces are
+  // used.
   absl::Status encrypt(std::span<const std::byte> associated, std::span<const std::byte> plaintext,
                        std::string& out);
+  // Appends the plaintext to `out`; on an error `out` is as before. DataLoss for anything that is
+  // not the next message of this direction.
   absl::Status decrypt(std::span<const std::byte> associated, std::span<const std::byte> message,
                        std::string& out);
 
@@ -70,17 +66,13 @@ class CipherState {
   void set_nonce(std::uint64_t nonce) { nonce_ = nonce; }
 
  private:
-  absl::Status check_nonce() const;
+  absl::Status check_usable() const;
 
-  // The expanded AES key, or the 32-byte ChaCha20 key at its beginning. libsodium asks for 16-byte
-  // alignment.
-  struct alignas(16) Key {
-    std::array<std::uint8_t, 512> bytes;
-  };
   CipherSuite suite_;
   bool poisoned_ = false;
   std::uint64_t nonce_ = 0;
-  Key key_{};
+  SecretBytes<32> key_;
+  crypto_aead_aes256gcm_state aes_{};  // the expanded key; all zero for ChaChaPoly
 };
 
 // What a finished handshake leaves.
@@ -116,7 +108,7 @@ class NoiseHandshake {
   absl::StatusOr<NoiseTransport> split();
 
  private:
-  NoiseHandshake(CipherSuite suite, bool initiator, SecretKey secret, const PublicKey& self,
+  NoiseHandshake(CipherSuite suite, bool initiator, const Identity& self,
                  const PublicKey& responder, std::span<const std::byte> prologue,
                  std::optional<SecretKey> ephemeral);
 
