@@ -1,0 +1,39 @@
+// Threads of the CPU backend: parallel loops over index ranges, through oneTBB.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "absl/functional/function_ref.h"
+
+namespace infemeral {
+
+// Physical cores that this process may run on (two hardware threads of one core count once: they
+// share the units that these loops saturate); at least 1.
+int physical_cores();
+
+// Up to `threads` threads at once, the caller included. Pools of one process draw on one set of
+// worker threads, as many as the machine has, so a client and a body in one process share the
+// machine. A pool may be used by one thread at a time.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);  // 0: physical_cores()
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls body(begin, end) for ranges that make up [0, n), from several threads, and returns when
+  // all are done. `grain` is the number of indices below which handing work to another thread
+  // does not pay; ranges begin at multiples of `align`. Must not be nested; body must not throw.
+  void for_ranges(std::size_t n, std::size_t grain, std::size_t align,
+                  absl::FunctionRef<void(std::size_t begin, std::size_t end)> body);
+
+ private:
+  struct Arena;
+  std::unique_ptr<Arena> arena_;  // null for one thread
+  int threads_;
+};
+
+}  // namespace infemeral
