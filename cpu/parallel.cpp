@@ -1,5 +1,6 @@
 #include "cpu/parallel.h"
 
+#include <oneapi/tbb/info.h>
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/task_arena.h>
 #include <sched.h>
@@ -39,7 +40,9 @@ struct ThreadPool::Arena {
   tbb::task_arena arena;
 };
 
-ThreadPool::ThreadPool(int threads) : threads_(threads > 0 ? threads : physical_cores()) {
+ThreadPool::ThreadPool(int threads)
+    : threads_(
+          std::min(threads > 0 ? threads : physical_cores(), tbb::info::default_concurrency())) {
   if (threads_ > 1) arena_ = std::make_unique<Arena>(threads_);
 }
 

@@ -17,7 +17,8 @@ int physical_cores();
 // machine. A pool may be used by one thread at a time.
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // 0: physical_cores()
+  // 0: physical_cores(); never more than the hardware threads that this process may run on.
+  explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
