@@ -10,8 +10,11 @@
 
 #include <cstddef>
 #include <filesystem>
+#include <optional>
 #include <string>
+#include <string_view>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/cloak.h"
 #include "engine/link.h"
@@ -36,6 +39,12 @@ struct ClientManifest {  // engine.json
   Fingerprint cloak_commitment{};
 };
 
+// 64 lowercase hexadecimal digits, as manifests hold fingerprints.
+std::string fingerprint_text(const Fingerprint& fingerprint);
+std::optional<Fingerprint> parse_fingerprint(std::string_view text);
+
+// NotFound, with a hint at the right folder, when there is no engine.json; DataLoss when it is
+// damaged; FailedPrecondition for another format version. save never overwrites.
 absl::StatusOr<ClientManifest> load_client_manifest(const std::filesystem::path& folder);
 absl::Status save_client_manifest(const ClientManifest& manifest,
                                   const std::filesystem::path& folder);

@@ -1,6 +1,7 @@
 // Reads and writes safetensors files (github.com/huggingface/safetensors): an 8-byte little-endian
 // header length, a JSON header, then the tensors' bytes. Files are memory-mapped: a tensor is a
-// view into the mapping and costs nothing until it is read.
+// view into the mapping and costs nothing until it is read. As with every mapped file, a file that
+// somebody shortens while it is open ends the process when a lost page is read.
 #pragma once
 
 #include <cstddef>
@@ -43,7 +44,8 @@ class Safetensors {
  public:
   // One file. DataLoss (naming the file and the fault) for anything that is not a well-formed
   // safetensors file: header length, JSON, dtype and shape against byte range, holes, overlaps,
-  // ranges outside the file. Unimplemented for a dtype that we do not read.
+  // ranges outside the file. Also for a tensor of a dtype that we read whose bytes are not aligned
+  // to its element size: writers have aligned them since 2023, and kernels rely on it.
   static absl::StatusOr<Safetensors> open(const std::filesystem::path& file);
 
   // A Hugging Face folder: model.safetensors, or the shards that model.safetensors.index.json names
@@ -53,26 +55,36 @@ class Safetensors {
   // Parses a file image that the caller keeps alive: for tests and fuzzing.
   static absl::StatusOr<Safetensors> parse(std::span<const std::byte> image, std::string_view name);
 
-  // In the order of their names.
+  // In the order of their names; only the dtypes that we read.
   const std::map<std::string, TensorView, std::less<>>& tensors() const { return tensors_; }
-  const TensorView* find(std::string_view name) const;  // null when absent
-  // The tensor of that name and shape, or an error that shows both sides: InvalidArgument.
+  // Tensors of other dtypes (I64 buffers, F8, ...): name -> dtype as written in the file. Their
+  // bytes are checked like the others', but not offered: most of them nobody needs.
+  const std::map<std::string, std::string, std::less<>>& unread() const { return unread_; }
+  const TensorView* find(std::string_view name) const;  // null when absent or unread
+  // The tensor of that name and shape. InvalidArgument that shows both sides when it is absent or
+  // has another shape; Unimplemented when its dtype is one that we do not read.
   absl::StatusOr<TensorView> get(std::string_view name, std::span<const std::size_t> shape) const;
   const std::map<std::string, std::string, std::less<>>& metadata() const { return metadata_; }
 
+  // Tells the system that the pages of this tensor are not needed for now, so that a pass over a
+  // large model does not hold all of it in memory. The view stays valid.
+  void release_pages(const TensorView& tensor) const;
+
  private:
   class Mapping;
-  absl::Status add(std::shared_ptr<const Mapping> mapping, std::span<const std::byte> image,
-                   std::string_view name);
+  absl::Status add_file(const std::filesystem::path& file);
+  absl::Status add_image(std::span<const std::byte> image, std::string_view name);
 
   std::vector<std::shared_ptr<const Mapping>> mappings_;
   std::map<std::string, TensorView, std::less<>> tensors_;
+  std::map<std::string, std::string, std::less<>> unread_;
   std::map<std::string, std::string, std::less<>> metadata_;
 };
 
 // Writes a safetensors file tensor by tensor: all names, dtypes and shapes first, then their bytes
 // in the order in which they were declared, in pieces of any size. The file is complete after
-// finish(); without it, it is removed. Data is aligned to 64 bytes.
+// finish(); without it, it is removed. The data section starts at a multiple of 64 bytes; inside it
+// the format allows no holes, so wider dtypes are best declared first. One thread at a time.
 class SafetensorsWriter {
  public:
   struct Declaration {
@@ -80,6 +92,8 @@ class SafetensorsWriter {
     Dtype dtype;
     std::vector<std::size_t> shape;
   };
+  // AlreadyExists when there is such a file; InvalidArgument for a name that is declared twice or
+  // a tensor that would start at an address not aligned to its elements.
   static absl::StatusOr<std::unique_ptr<SafetensorsWriter>> create(
       const std::filesystem::path& file, std::vector<Declaration> tensors,
       const std::map<std::string, std::string, std::less<>>& metadata);
@@ -87,17 +101,19 @@ class SafetensorsWriter {
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
 
-  // The next bytes of the data section.
+  // The next bytes of the data section. Errors name the file (ResourceExhausted: the disk is full).
+  // Internal for more bytes than were declared.
   absl::Status write(std::span<const std::byte> bytes);
-  // Flushes and closes. Internal when fewer bytes were written than were declared.
+  // Flushes to the disk and closes. Internal when fewer bytes were written than were declared.
   absl::Status finish();
 
  private:
   SafetensorsWriter() = default;
+  absl::Status flush();
 
   std::filesystem::path file_;
   int fd_ = -1;
-  std::size_t remaining_ = 0;
+  std::size_t remaining_ = 0;  // declared bytes that are still to come
   std::vector<std::byte> buffer_;
 };
 

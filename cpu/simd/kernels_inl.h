@@ -28,15 +28,17 @@ constexpr size_t kTileCols = 4;
 constexpr size_t kPanelCols = 32;  // rows of W in a panel: 64 KiB of f16 per k block
 constexpr size_t kVectorCols = 8;  // rows of W at once for a single row of A
 
-template <size_t R, size_t N, typename W>
-INFEMERAL_INLINE void multiply_tile(const float* a, size_t lda, const W* const (&w)[N], size_t k,
-                                    ptrdiff_t prefetch, Vec (&acc)[R][N]) {
+// With `Ahead`, the W of the next tile is fetched meanwhile: from memory, where the hardware's own
+// prefetchers would lose time finding its N streams.
+template <size_t R, size_t N, bool Ahead, typename W>
+INFEMERAL_INLINE void multiply_tile(const float* a, size_t lda, const W* const (&w)[N], size_t ldw,
+                                    size_t k, Vec (&acc)[R][N]) {
   size_t i = 0;
   for (; i + kLanes <= k; i += kLanes) {
     Vec av[R];
     for (size_t r = 0; r < R; ++r) av[r] = load(a + r * lda + i);
     for (size_t j = 0; j < N; ++j) {
-      if (prefetch != 0) __builtin_prefetch(reinterpret_cast<const char*>(w[j] + i) + prefetch);
+      if constexpr (Ahead) __builtin_prefetch(w[j] + i + N * ldw);
       const Vec wv = load(w[j] + i);
       for (size_t r = 0; r < R; ++r) acc[r][j] = fma(av[r], wv, acc[r][j]);
     }
@@ -70,18 +72,15 @@ INFEMERAL_INLINE void store_sums(float* c, size_t n, const Vec (&acc)[kTileCols]
   }
 }
 
-// Decode: W streams from memory once. Eight rows at once hide the latency of the additions; the
-// prefetch runs one tile ahead, where the hardware's prefetchers would lose time finding the next
-// eight streams.
+// Decode: W streams from memory once. Eight rows at once hide the latency of the additions.
 template <typename W>
 void matmul_vector(const Product& p) {
-  const auto ahead = static_cast<ptrdiff_t>(kVectorCols * p.ldw * sizeof(W));
   for (size_t j = 0; j < p.n; j += kVectorCols) {
     const W* rows[kVectorCols];
     tile_rows(p, j, 0, rows);
     Vec acc[1][kVectorCols];
     for (Vec& v : acc[0]) v = zero();
-    multiply_tile<1, kVectorCols>(p.a, p.lda, rows, p.k, ahead, acc);
+    multiply_tile<1, kVectorCols, true>(p.a, p.lda, rows, p.ldw, p.k, acc);
     for (size_t h = 0; h < kVectorCols && j + h < p.n; h += kTileCols) {
       const Vec part[kTileCols] = {acc[0][h], acc[0][h + 1], acc[0][h + 2], acc[0][h + 3]};
       store_sums(p.c + j + h, p.n - j - h, part);
@@ -89,8 +88,9 @@ void matmul_vector(const Product& p) {
   }
 }
 
-// R rows of A, from row i0, against the panel of W rows [j0, j1).
-template <size_t R, typename W>
+// R rows of A, from row i0, against the panel of W rows [j0, j1); the first rows of A find the
+// panel in memory, the others in the second-level cache.
+template <size_t R, bool First, typename W>
 void matmul_panel(const Product& p, size_t i0, size_t j0, size_t j1, size_t block_k) {
   Vec waiting[kPanelCols / kTileCols][R][kTileCols];
   size_t k0 = 0;
@@ -106,7 +106,7 @@ void matmul_panel(const Product& p, size_t i0, size_t j0, size_t j1, size_t bloc
       const W* rows[kTileCols];
       tile_rows(p, j, k0, rows);
       const float* a = p.a + i0 * p.lda + k0;
-      multiply_tile<R, kTileCols>(a, p.lda, rows, depth, 0, acc);
+      multiply_tile<R, kTileCols, First>(a, p.lda, rows, p.ldw, depth, acc);
       for (size_t r = 0; r < R; ++r) {
         if (last) {
           store_sums(p.c + (i0 + r) * p.ldc + j, j1 - j, acc[r]);
@@ -120,11 +120,19 @@ void matmul_panel(const Product& p, size_t i0, size_t j0, size_t j1, size_t bloc
 }
 
 template <size_t R, typename W>
+INFEMERAL_INLINE void matmul_rows(const Product& p, size_t i0, size_t j0, size_t j1,
+                                  size_t block_k) {
+  i0 == 0 ? matmul_panel<R, true, W>(p, i0, j0, j1, block_k)
+          : matmul_panel<R, false, W>(p, i0, j0, j1, block_k);
+}
+
+// The last rows, fewer than a tile's.
+template <size_t R, typename W>
 INFEMERAL_INLINE void matmul_remainder(const Product& p, size_t i0, size_t j0, size_t j1,
                                        size_t block_k) {
   if constexpr (R > 0) {
     if (p.m - i0 == R) {
-      matmul_panel<R, W>(p, i0, j0, j1, block_k);
+      matmul_rows<R, W>(p, i0, j0, j1, block_k);
     } else {
       matmul_remainder<R - 1, W>(p, i0, j0, j1, block_k);
     }
@@ -139,9 +147,7 @@ void matmul(const Product& p) {
   for (size_t j0 = 0; j0 < p.n; j0 += kPanelCols) {
     const size_t j1 = p.n - j0 < kPanelCols ? p.n : j0 + kPanelCols;
     size_t i = 0;
-    for (; i + kTileRows <= p.m; i += kTileRows) {
-      matmul_panel<kTileRows, W>(p, i, j0, j1, block_k);
-    }
+    for (; i + kTileRows <= p.m; i += kTileRows) matmul_rows<kTileRows, W>(p, i, j0, j1, block_k);
     matmul_remainder<kTileRows - 1, W>(p, i, j0, j1, block_k);
   }
 }

@@ -1,0 +1,184 @@
+#include "engine/client_folder.h"
+
+#include <algorithm>
+#include <array>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "engine/json_file.h"
+#include "engine/text.h"
+
+namespace infemeral {
+namespace {
+
+using nlohmann::json;
+
+constexpr std::size_t kMaxManifestBytes = 1 << 20;
+constexpr char kManifestName[] = "engine.json";
+
+absl::Status manifest_error(const std::filesystem::path& file, std::string_view text) {
+  return absl::DataLossError(
+      cat(file.string(), ": ", text, "; prepare the model again with engine_prep"));
+}
+
+// What a folder without engine.json probably is, so that the user can name the right one.
+std::string folder_hint(const std::filesystem::path& folder) {
+  std::error_code ignored;
+  const auto holds = [&](const char* name) {
+    return std::filesystem::exists(folder / name, ignored);
+  };
+  if (holds("client/engine.json")) {
+    return cat("; it holds one, though: use ", (folder / "client").string());
+  }
+  if (holds("infemeral.json")) {
+    return "; it is a body folder: use the client folder that was prepared with it";
+  }
+  if (holds("config.json")) {
+    return "; it looks like a Hugging Face model: prepare it first with engine_prep";
+  }
+  return "; use the client folder that engine_prep wrote";
+}
+
+absl::StatusOr<ClientManifest> read_manifest(const json& root, const std::filesystem::path& file) {
+  if (!root.is_object()) return manifest_error(file, "not a JSON object");
+  if (root.value("format_version", -1) != ClientManifest::kFormatVersion) {
+    return absl::FailedPreconditionError(
+        cat(file.string(), " has the format version ", root.value("format_version", -1),
+            "; this program reads version ", ClientManifest::kFormatVersion,
+            ": prepare the model again with this version's engine_prep"));
+  }
+  ClientManifest manifest;
+  manifest.model_type = root.at("model_type").get<std::string>();
+  manifest.tied_embeddings = root.at("tied_embeddings").get<bool>();
+  for (const auto& [name, size] : {std::pair("hidden_size", &manifest.hidden_size),
+                                   std::pair("vocab_size", &manifest.vocab_size),
+                                   std::pair("max_context", &manifest.max_context)}) {
+    const json& value = root.at(name);
+    if (!value.is_number_unsigned() || value == 0 || value > (1u << 31)) {
+      return manifest_error(file, cat(name, " is not a sensible size"));
+    }
+    *size = value.get<std::size_t>();
+  }
+  const auto mode = root.at("cloak_mode").get<std::string>();
+  if (mode != "lazy" && mode != "eager") {
+    return manifest_error(file, "cloak_mode is neither \"lazy\" nor \"eager\"");
+  }
+  manifest.cloak_mode = mode == "lazy" ? CloakMode::kLazy : CloakMode::kEager;
+  for (const auto& [name, out] : {std::pair("model_fingerprint", &manifest.model_fingerprint),
+                                  std::pair("cloak_commitment", &manifest.cloak_commitment)}) {
+    const auto value = parse_fingerprint(root.at(name).get<std::string>());
+    if (!value) return manifest_error(file, cat(name, " is not 64 hexadecimal digits"));
+    *out = *value;
+  }
+  return manifest;
+}
+
+}  // namespace
+
+std::string fingerprint_text(const Fingerprint& fingerprint) {
+  return absl::BytesToHexString(
+      std::string_view(reinterpret_cast<const char*>(fingerprint.data()), fingerprint.size()}));
+}
+
+std::optional<Fingerprint> parse_fingerprint(std::string_view text) {
+  Fingerprint result;
+  if (text.size() != 2 * result.size() ||
+      text.find_first_not_of("0123456789abcdef") != std::string_view::npos) {
+    return std::nullopt;
+  }
+  const std::string bytes = absl::HexStringToBytes(to_absl(text));
+  std::copy(bytes.begin(), bytes.end(), result.begin());
+  return result;
+}
+
+absl::StatusOr<ClientManifest> load_client_manifest(const std::filesystem::path& folder) {
+  const std::filesystem::path file = folder / kManifestName;
+  const auto text = read_text_file(file, kMaxManifestBytes);
+  if (absl::IsNotFound(text.status())) {
+    return absl::NotFoundError(
+        cat(folder.string(), " is not a client folder", folder_hint(folder)));
+  }
+  if (!text.ok()) return text.status();
+  const auto root = parse_json(*text, file.string());
+  if (!root.ok()) return manifest_error(file, "not valid JSON");
+  try {
+    return read_manifest(*root, file);
+  } catch (const std::exception& e) {
+    return manifest_error(file, e.what());
+  }
+}
+
+absl::Status save_client_manifest(const ClientManifest& manifest,
+                                  const std::filesystem::path& folder) {
+  try {
+    const nlohmann::ordered_json root = {
+        {"format_version", ClientManifest::kFormatVersion},
+        {"model_type", manifest.model_type},
+        {"hidden_size", manifest.hidden_size},
+        {"vocab_size", manifest.vocab_size},
+        {"max_context", manifest.max_context},
+        {"tied_embeddings", manifest.tied_embeddings},
+        {"cloak_mode", manifest.cloak_mode == CloakMode::kLazy ? "lazy" : "eager"},
+        {"model_fingerprint", fingerprint_text(manifest.model_fingerprint)},
+        {"cloak_commitment", fingerprint_text(manifest.cloak_commitment)},
+    };
+    return write_new_file(folder / kManifestName, root.dump(2) + "\n", 0644);
+  } catch (const std::exception& e) {
+    return absl::InternalError(cat("cannot write ", kManifestName, ": ", e.what()));
+  }
+}
+
+absl::StatusOr<ClientFolder> ClientFolder::open(const std::filesystem::path& folder) {
+  auto manifest = load_client_manifest(folder);
+  if (!manifest.ok()) return manifest.status();
+  auto seed = CloakSeed::load(folder / "cloak.key");
+  if (!seed.ok()) return seed.status();
+  const auto mismatch = [&folder](const auto&... text) {
+    return absl::FailedPreconditionError(cat(folder.string(), ": ", text...));
+  };
+  if (seed->commitment() != manifest->cloak_commitment) {
+    return mismatch(
+        "cloak.key is not the key that engine.json was written with; restore the key "
+        "of this folder or prepare the model again");
+  }
+  const std::filesystem::path weights_file = folder / "client.safetensors";
+  auto weights = Safetensors::open(weights_file);
+  if (!weights.ok()) return weights.status();
+
+  const auto tied = weights->metadata().find("tied_embeddings");
+  if (tied == weights->metadata().end() ||
+      tied->second != (manifest->tied_embeddings ? "true" : "false")) {
+    return mismatch("client.safetensors and engine.json disagree about tied_embeddings");
+  }
+  const auto get = [&](const char* name, Dtype dtype,
+                       std::initializer_list<std::size_t> shape) -> absl::StatusOr<TensorView> {
+    auto view = weights->get(name, std::span(shape.begin(), shape.size()));
+    if (!view.ok()) return mismatch("client.safetensors: ", view.status().message());
+    if (view->dtype != dtype) {
+      return mismatch("client.safetensors: ", name, " is ", dtype_name(view->dtype), "; ",
+                      dtype_name(dtype), " is needed");
+    }
+    return view;
+  };
+  const auto embed =
+      get("embed_tokens.weight", Dtype::kF16, {manifest->vocab_size, manifest->hidden_size});
+  if (!embed.ok()) return embed.status();
+  const auto lm_head =
+      manifest->tied_embeddings
+          ? embed
+          : get("lm_head.weight", Dtype::kF16, {manifest->vocab_size, manifest->hidden_size});
+  if (!lm_head.ok()) return lm_head.status();
+  const auto final_norm = get("final_norm.weight", Dtype::kF32, {manifest->hidden_size});
+  if (!final_norm.ok()) return final_norm.status();
+
+  return ClientFolder{folder,   *std::move(manifest), *std::move(weights), *embed,
+                      *lm_head, *final_norm,          *std::move(seed)};
+}
+
+absl::StatusOr<Cloak> ClientFolder::load_cloak() const {
+  return manifest.cloak_mode == CloakMode::kEager
+             ? Cloak::load(path / "cloak.safetensors", seed, manifest.hidden_size)
+             : Cloak::generate(seed, manifest.hidden_size);
+}
+
+}  // namespace infemeral

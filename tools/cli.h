@@ -1,0 +1,25 @@
+// What the command line programs share: exit codes, --version, and flags from the environment.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <optional>
+
+namespace infemeral {
+
+inline constexpr int kExitOk = 0;
+inline constexpr int kExitItemsFailed = 1;  // some items failed, the others are done
+inline constexpr int kExitUsage = 2;        // bad usage or input
+inline constexpr int kExitServer = 3;       // server unreachable, refused, or gone
+inline constexpr int kExitInterrupted = 130;
+
+// Lets --long-name be set by INFEMERAL_LONG_NAME too; the command line wins.
+CLI::Option* with_env(CLI::Option* option);
+
+// --version: what was built, on stdout.
+void add_version(CLI::App& app);
+
+// An exit code when the program should end now: after --help or --version, or on bad usage (one
+// line on stderr that names the flag).
+std::optional<int> parse_command_line(CLI::App& app, int argc, char** argv);
+
+}  // namespace infemeral
