@@ -7,12 +7,12 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "cpu/cloak_matrix.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/dispatch.h"
+#include "engine/text.h"
 
 namespace infemeral {
 namespace {
@@ -31,7 +31,7 @@ class CpuClientBackend final : public ClientBackend {
         lm_head_(lm_head),
         kernels_(kernels),
         pool_(options.threads),
-        name_(absl::StrCat("cpu (", kernels.name, ")")),
+        name_(cat("cpu (", kernels.name, ")")),
         final_gain_(hidden_size()) {
     folder_.final_norm.read(0, final_gain_);
   }
@@ -52,14 +52,13 @@ class CpuClientBackend final : public ClientBackend {
                      PhaseTimes& times) override {
     const std::size_t row_bytes = wire_row_bytes(dtype, hidden_size());
     if (out.size() != ids.size() * row_bytes) {
-      return absl::InvalidArgumentError(absl::StrCat("embed: the output holds ", out.size(),
-                                                     " bytes; ", ids.size(), " rows need ",
-                                                     ids.size() * row_bytes));
+      return absl::InvalidArgumentError(cat("embed: the output holds ", out.size(), " bytes; ",
+                                            ids.size(), " rows need ", ids.size() * row_bytes));
     }
     for (std::size_t i = 0; i < ids.size(); ++i) {
       if (ids[i] < 0 || static_cast<std::size_t>(ids[i]) >= vocab_size()) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "embed: token ", i, " is outside the vocabulary of ", vocab_size(), " tokens"));
+        return absl::InvalidArgumentError(
+            cat("embed: token ", i, " is outside the vocabulary of ", vocab_size(), " tokens"));
       }
     }
     for (std::size_t begin = 0; begin < ids.size(); begin += kEmbedRows) {
@@ -89,10 +88,10 @@ class CpuClientBackend final : public ClientBackend {
                            PhaseTimes& times) override {
     const std::size_t row_bytes = wire_row_bytes(dtype, hidden_size());
     if (rows.size() != requests.size() * row_bytes || tokens.size() != requests.size()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("next_tokens: ", requests.size(), " requests need ",
-                       requests.size() * row_bytes, " bytes of rows and ", requests.size(),
-                       " tokens, not ", rows.size(), " and ", tokens.size()));
+      return absl::InvalidArgumentError(cat("next_tokens: ", requests.size(), " requests need ",
+                                            requests.size() * row_bytes, " bytes of rows and ",
+                                            requests.size(), " tokens, not ", rows.size(), " and ",
+                                            tokens.size()));
     }
     for (const SampleRequest& request : requests) {
       if (absl::Status status = validate(request.params); !status.ok()) return status;
@@ -117,8 +116,8 @@ class CpuClientBackend final : public ClientBackend {
                       std::span<float> logits) override {
     if (row.size() != wire_row_bytes(dtype, hidden_size()) || logits.size() != vocab_size()) {
       return absl::InvalidArgumentError(
-          absl::StrCat("logits: one row of ", wire_row_bytes(dtype, hidden_size()), " bytes gives ",
-                       vocab_size(), " logits, not ", row.size(), " and ", logits.size()));
+          cat("logits: one row of ", wire_row_bytes(dtype, hidden_size()), " bytes gives ",
+              vocab_size(), " logits, not ", row.size(), " and ", logits.size()));
     }
     PhaseTimes times;
     return head(row, dtype, 1, {logits.data(), vocab_size()}, times);
@@ -156,9 +155,9 @@ class CpuClientBackend final : public ClientBackend {
       decode_wire_row(dtype, rows.data() + i * wire_row_bytes(dtype, hidden_size()), row);
       if (!std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) {
         return absl::DataLossError(
-            absl::StrCat("row ", i,
-                         " that the body returned has values that are not finite; the body's "
-                         "weights or its arithmetic are damaged"));
+            cat("row ", i,
+                " that the body returned has values that are not finite; the body's "
+                "weights or its arithmetic are damaged"));
       }
     }
     clock.lap(times.decode_ms);
@@ -217,15 +216,15 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> make_cpu_client_backend(ClientFol
                                    std::pair{"lm_head.weight", &folder.lm_head}}) {
     if (view->dtype != Dtype::kF16 || view->shape != table) {
       return absl::FailedPreconditionError(
-          absl::StrCat(folder.path.string(), ": tensor ", name, " is ",
-                       std::string(dtype_name(view->dtype)), " [", absl::StrJoin(view->shape, ", "),
-                       "]; engine.json asks for F16 [", absl::StrJoin(table, ", "), "]"));
+          cat(folder.path.string(), ": tensor ", name, " is ", dtype_name(view->dtype), " [",
+              absl::StrJoin(view->shape, ", "), "]; engine.json asks for F16 [",
+              absl::StrJoin(table, ", "), "]"));
     }
   }
   if (folder.final_norm.elements() != folder.manifest.hidden_size) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        folder.path.string(), ": tensor final_norm.weight has ", folder.final_norm.elements(),
-        " elements; engine.json asks for ", folder.manifest.hidden_size));
+    return absl::FailedPreconditionError(
+        cat(folder.path.string(), ": tensor final_norm.weight has ", folder.final_norm.elements(),
+            " elements; engine.json asks for ", folder.manifest.hidden_size));
   }
   const absl::StatusOr<Matrix> embed_tokens = matrix_of(folder.embed_tokens, "embed_tokens.weight");
   if (!embed_tokens.ok()) return embed_tokens.status();

@@ -1,9 +1,8 @@
 #include "cpu/linear.h"
 
 #include <algorithm>
-#include <string>
 
-#include "absl/strings/str_cat.h"
+#include "engine/text.h"
 
 namespace infemeral {
 
@@ -22,9 +21,8 @@ absl::StatusOr<Matrix> matrix_of(const TensorView& tensor, std::string_view name
     case Dtype::kI8:
       break;
   }
-  return absl::UnimplementedError(absl::StrCat("tensor ", std::string(name), " is ",
-                                               std::string(dtype_name(tensor.dtype)),
-                                               "; weights must be F32, F16 or BF16"));
+  return absl::UnimplementedError(
+      cat("tensor ", name, " is ", dtype_name(tensor.dtype), "; weights must be F32, F16 or BF16"));
 }
 
 void linear_rows(const simd::Kernels& kernels, const Linear& product, const Rows& x, std::size_t m,
@@ -58,11 +56,11 @@ void linear(const simd::Kernels& kernels, ThreadPool& pool, std::span<const Line
   std::size_t total = 0;
   for (const Linear& p : products) total += p.weight->rows;
   const std::size_t grain = linear_grain(m, products[0].weight->cols);
-  pool.for_ranges(total, grain, kLinearAlign, [&](std::size_t begin, std::size_t end) {
+  pool.for_ranges(total, grain, kLinearAlign, [&](const Range& range) {
     std::size_t first = 0;  // of this product, in the common numbering
     for (const Linear& p : products) {
       const std::size_t last = first + p.weight->rows;
-      const std::size_t from = std::max(begin, first), to = std::min(end, last);
+      const std::size_t from = std::max(range.begin, first), to = std::min(range.end, last);
       if (from < to) linear_rows(kernels, p, x, m, from - first, to - first);
       first = last;
     }

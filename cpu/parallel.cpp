@@ -12,7 +12,7 @@
 #include <string>
 #include <utility>
 
-#include "absl/strings/str_cat.h"
+#include "engine/text.h"
 
 namespace infemeral {
 
@@ -25,7 +25,7 @@ int physical_cores() {
   std::set<std::pair<int, int>> cores;  // package, core
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
-    const std::string topology = absl::StrCat("/sys/devices/system/cpu/cpu", cpu, "/topology/");
+    const std::string topology = cat("/sys/devices/system/cpu/cpu", cpu, "/topology/");
     int package = 0, core = 0;
     std::ifstream(topology + "physical_package_id") >> package;
     // Where the kernel does not say, every CPU counts as a core.
@@ -49,7 +49,7 @@ ThreadPool::ThreadPool(int threads)
 ThreadPool::~ThreadPool() = default;
 
 void ThreadPool::for_ranges(std::size_t n, std::size_t grain, std::size_t align,
-                            absl::FunctionRef<void(std::size_t, std::size_t)> body) {
+                            absl::FunctionRef<void(const Range&)> body) {
   if (n == 0) return;
   // A few pieces a thread: a core that is busy with something else then delays one piece, not all.
   constexpr std::size_t kPiecesPerThread = 4;
@@ -58,13 +58,16 @@ void ThreadPool::for_ranges(std::size_t n, std::size_t grain, std::size_t align,
   piece = (piece + align - 1) / align * align;
   const std::size_t pieces = (n + piece - 1) / piece;
   if (arena_ == nullptr || pieces == 1) {
-    body(0, n);
+    body({0, n, 0});
     return;
   }
   arena_->arena.execute([&] {
     tbb::parallel_for(
         std::size_t{0}, pieces,
-        [&](std::size_t i) { body(i * piece, std::min(n, (i + 1) * piece)); },
+        [&](std::size_t i) {
+          const int worker = tbb::this_task_arena::current_thread_index();
+          body({i * piece, std::min(n, (i + 1) * piece), static_cast<std::size_t>(worker)});
+        },
         tbb::simple_partitioner());
   });
 }

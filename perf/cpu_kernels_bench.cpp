@@ -77,9 +77,9 @@ void ReadBandwidth(benchmark::State& state) {
   const std::size_t words = (std::size_t{512} << 20) / sizeof(std::uint64_t);
   const std::vector<std::uint64_t> buffer(words, 1);
   for (auto _ : state) {
-    pool().for_ranges(words, 1 << 16, 64, [&](std::size_t begin, std::size_t end) {
+    pool().for_ranges(words, 1 << 16, 64, [&](const Range& range) {
       std::uint64_t sums[8] = {};
-      for (std::size_t i = begin; i + 8 <= end; i += 8) {
+      for (std::size_t i = range.begin; i + 8 <= range.end; i += 8) {
         for (std::size_t j = 0; j < 8; ++j) sums[j] += buffer[i + j];
       }
       benchmark::DoNotOptimize(sums);
@@ -97,8 +97,8 @@ void TilePeak(benchmark::State& state) {
   std::vector<std::vector<float>> c(static_cast<std::size_t>(pool().threads()),
                                     std::vector<float>(m * n));
   for (auto _ : state) {
-    pool().for_ranges(c.size(), 1, 1, [&](std::size_t begin, std::size_t end) {
-      for (std::size_t t = begin; t < end; ++t) {
+    pool().for_ranges(c.size(), 1, 1, [&](const Range& range) {
+      for (std::size_t t = range.begin; t < range.end; ++t) {
         for (int repeat = 0; repeat < 2000; ++repeat) {
           kernels().matmul[0]({a.data(), k, w.data(), k, c[t].data(), n, m, n, k});
         }
@@ -168,7 +168,7 @@ BENCHMARK(Attention)->ArgName("m")->Arg(1)->Arg(3)->Arg(32)->Unit(benchmark::kMi
 
 // What handing nothing to the other threads costs.
 void EmptyLoop(benchmark::State& state) {
-  for (auto _ : state) pool().for_ranges(64, 1, 8, [](std::size_t, std::size_t) {});
+  for (auto _ : state) pool().for_ranges(64, 1, 8, [](const Range&) {});
 }
 BENCHMARK(EmptyLoop)->UseRealTime()->Unit(benchmark::kMicrosecond);
 

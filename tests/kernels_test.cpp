@@ -373,9 +373,10 @@ TEST_CASE("for_ranges covers every index once, with aligned cuts") {
     for (std::size_t n : {0, 1, 7, 8, 9, 100, 1001}) {
       for (std::size_t grain : {1, 16, 5000}) {
         std::vector<int> seen(n, 0);
-        pool.for_ranges(n, grain, 8, [&](std::size_t begin, std::size_t end) {
-          if (begin % 8 != 0) std::abort();
-          for (std::size_t i = begin; i < end; ++i) ++seen[i];
+        pool.for_ranges(n, grain, 8, [&](const Range& range) {
+          if (range.begin % 8 != 0) std::abort();
+          if (range.worker >= static_cast<std::size_t>(pool.threads())) std::abort();
+          for (std::size_t i = range.begin; i < range.end; ++i) ++seen[i];
         });
         CHECK(std::count(seen.begin(), seen.end(), 1) == static_cast<std::ptrdiff_t>(n));
       }

@@ -126,29 +126,29 @@ INFEMERAL_INLINE void matmul_rows(const Product& p, size_t i0, size_t j0, size_t
           : matmul_panel<R, false, W>(p, i0, j0, j1, block_k);
 }
 
-// The last rows, fewer than a tile's.
+// matmul_rows for a number of rows that is known at run time, at most R.
 template <size_t R, typename W>
-INFEMERAL_INLINE void matmul_remainder(const Product& p, size_t i0, size_t j0, size_t j1,
-                                       size_t block_k) {
+INFEMERAL_INLINE void matmul_some_rows(const Product& p, size_t rows, size_t i0, size_t j0,
+                                       size_t j1, size_t block_k) {
   if constexpr (R > 0) {
-    if (p.m - i0 == R) {
-      matmul_rows<R, W>(p, i0, j0, j1, block_k);
-    } else {
-      matmul_remainder<R - 1, W>(p, i0, j0, j1, block_k);
-    }
+    rows == R ? matmul_rows<R, W>(p, i0, j0, j1, block_k)
+              : matmul_some_rows<R - 1, W>(p, rows, i0, j0, j1, block_k);
   }
 }
 
 template <typename W>
 void matmul(const Product& p) {
   if (p.m == 1) return matmul_vector<W>(p);
+  // Tiles of nearly equal height: eight rows as 4 + 4, since 6 + 2 would widen W for two rows only.
+  const size_t tiles = (p.m + kTileRows - 1) / kTileRows;
   // With one tile of rows W is read once and from memory: in whole rows, as it lies there.
-  const size_t block_k = p.m <= kTileRows ? (p.k > 0 ? p.k : 1) : kBlockK;
+  const size_t block_k = tiles == 1 ? p.k : kBlockK;
   for (size_t j0 = 0; j0 < p.n; j0 += kPanelCols) {
     const size_t j1 = p.n - j0 < kPanelCols ? p.n : j0 + kPanelCols;
-    size_t i = 0;
-    for (; i + kTileRows <= p.m; i += kTileRows) matmul_rows<kTileRows, W>(p, i, j0, j1, block_k);
-    matmul_remainder<kTileRows - 1, W>(p, i, j0, j1, block_k);
+    for (size_t t = 0; t < tiles; ++t) {
+      const size_t begin = p.m * t / tiles, end = p.m * (t + 1) / tiles;
+      matmul_some_rows<kTileRows, W>(p, end - begin, begin, j0, j1, block_k);
+    }
   }
 }
 
