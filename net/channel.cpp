@@ -27,7 +27,7 @@ std::string noise_prologue(std::uint32_t version, CipherSuite suite) {
   return prologue;
 }
 
-absl::Status SecureChannel::seal(Bytes& rest, std::string& data) {
+absl::Status FrameSealer::seal(Bytes& rest, std::string& data) {
   const std::size_t take = std::min(rest.size(), kRecordsPerEnvelope * kMaxPiece);
   data.clear();
   data.reserve(take + kRecordsPerEnvelope * (2 + 1 + kNoiseTagSize));
@@ -38,7 +38,7 @@ absl::Status SecureChannel::seal(Bytes& rest, std::string& data) {
     plaintext_.append(reinterpret_cast<const char*>(part.data()), size);
     append_big_endian(static_cast<std::uint32_t>(plaintext_.size() + kNoiseTagSize), 2, data);
     absl::Status status =
-        transport_.send.encrypt({}, std::as_bytes(std::span<const char>(plaintext_)), data);
+        cipher_.encrypt({}, std::as_bytes(std::span<const char>(plaintext_)), data);
     if (!status.ok()) return status;
     part = part.subspan(size);
   }
@@ -46,8 +46,8 @@ absl::Status SecureChannel::seal(Bytes& rest, std::string& data) {
   return absl::OkStatus();
 }
 
-absl::Status SecureChannel::open(Bytes data, std::size_t max_frame,
-                                 std::vector<std::string>& frames) {
+absl::Status FrameOpener::open(Bytes data, std::size_t max_frame,
+                               std::vector<std::string>& frames) {
   if (data.empty()) return absl::DataLossError("an envelope came without records");
   while (!data.empty()) {
     const std::size_t length = data.size() < 2 ? 0
@@ -57,7 +57,7 @@ absl::Status SecureChannel::open(Bytes data, std::size_t max_frame,
       return absl::DataLossError("a record of the encrypted channel is cut or malformed");
     }
     plaintext_.clear();
-    absl::Status status = transport_.receive.decrypt({}, data.subspan(2, length), plaintext_);
+    absl::Status status = cipher_.decrypt({}, data.subspan(2, length), plaintext_);
     if (!status.ok()) return status;
     data = data.subspan(2 + length);
 

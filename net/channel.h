@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -38,13 +39,24 @@ inline constexpr int kMaxEnvelopeBytes = 512 * 1024;
 // "Infemeral/SplitInference", then version and cipher as 4 bytes each, big-endian: 32 bytes.
 std::string noise_prologue(std::uint32_t version, CipherSuite suite);
 
-class SecureChannel {
+// One direction's sending end.
+class FrameSealer {
  public:
-  explicit SecureChannel(NoiseTransport transport) : transport_(std::move(transport)) {}
+  explicit FrameSealer(CipherState cipher) : cipher_(std::move(cipher)) {}
 
   // Encrypts the next piece of a frame into `data`, which replaces what it held, and drops that
   // piece from `rest`. To be called until `rest` is empty.
   absl::Status seal(std::span<const std::byte>& rest, std::string& data);
+
+ private:
+  CipherState cipher_;
+  std::string plaintext_;  // of one record
+};
+
+// One direction's receiving end.
+class FrameOpener {
+ public:
+  explicit FrameOpener(CipherState cipher) : cipher_(std::move(cipher)) {}
 
   // Decrypts an envelope's records and appends the frames that they complete. `max_frame` bounds a
   // frame's bytes. Errors end the connection: DataLoss for damaged records, ResourceExhausted for a
@@ -52,10 +64,8 @@ class SecureChannel {
   absl::Status open(std::span<const std::byte> data, std::size_t max_frame,
                     std::vector<std::string>& frames);
 
-  const PublicKey& remote_static() const { return transport_.remote_static; }
-
  private:
-  NoiseTransport transport_;
+  CipherState cipher_;
   std::string plaintext_;  // of one record
   std::string frame_;      // the pieces so far
 };

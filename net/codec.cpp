@@ -11,7 +11,8 @@ namespace infemeral {
 namespace {
 
 // A larger payload is judged by a sample from its middle first, so that the usual, incompressible
-// payload costs the same few microseconds at any size.
+// payload costs the same at any size: 4 us more than a plain copy for 512 f16 rows of 4096 (4 MiB)
+// on a Xeon at 2 GHz, `codec_test "[.timing]"`.
 constexpr std::size_t kSampleBytes = 64 * 1024;
 
 // One byte of an LZ4 block stands for at most 255 bytes of output.
