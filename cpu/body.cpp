@@ -15,7 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/rope.h"
 #include "cpu/simd/dispatch.h"
-#include "engine/client_folder.h"
+#include "engine/fingerprint.h"
 #include "engine/json_file.h"
 #include "engine/text.h"
 

@@ -1,10 +1,9 @@
 #include "engine/client_folder.h"
 
-#include <algorithm>
-#include <array>
 #include <nlohmann/json.hpp>
 #include <utility>
 
+#include "engine/fingerprint.h"
 #include "engine/json_file.h"
 #include "engine/text.h"
 
@@ -74,22 +73,6 @@ absl::StatusOr<ClientManifest> read_manifest(const json& root, const std::filesy
 }
 
 }  // namespace
-
-std::string fingerprint_text(const Fingerprint& fingerprint) {
-  return absl::BytesToHexString(
-      std::string_view(reinterpret_cast<const char*>(fingerprint.data()), fingerprint.size()}));
-}
-
-std::optional<Fingerprint> parse_fingerprint(std::string_view text) {
-  Fingerprint result;
-  if (text.size() != 2 * result.size() ||
-      text.find_first_not_of("0123456789abcdef") != std::string_view::npos) {
-    return std::nullopt;
-  }
-  const std::string bytes = absl::HexStringToBytes(to_absl(text));
-  std::copy(bytes.begin(), bytes.end(), result.begin());
-  return result;
-}
 
 absl::StatusOr<ClientManifest> load_client_manifest(const std::filesystem::path& folder) {
   const std::filesystem::path file = folder / kManifestName;

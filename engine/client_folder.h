@@ -10,9 +10,7 @@
 
 #include <cstddef>
 #include <filesystem>
-#include <optional>
 #include <string>
-#include <string_view>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -38,10 +36,6 @@ struct ClientManifest {  // engine.json
   Fingerprint model_fingerprint{};
   Fingerprint cloak_commitment{};
 };
-
-// 64 lowercase hexadecimal digits, as manifests hold fingerprints.
-std::string fingerprint_text(const Fingerprint& fingerprint);
-std::optional<Fingerprint> parse_fingerprint(std::string_view text);
 
 // NotFound, with a hint at the right folder, when there is no engine.json; DataLoss when it is
 // damaged; FailedPrecondition for another format version. save never overwrites.

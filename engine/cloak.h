@@ -1,10 +1,10 @@
 // The cloak: a secret orthogonal matrix Q that rotates hidden states before they leave the client.
 //
-// seed -> ChaCha20 keystream -> Gaussians in double (Box-Muller) -> Householder QR, columns of Q
-// times the signs of R's diagonal, which makes Q Haar-distributed (Mezzadri, Notices of the AMS 54,
-// 2007)
-// -> rounded to float16. It is obfuscation, not cryptography: docs/threat-model.md says what it
-// hides.
+// seed -> ChaCha20 keystream under a subkey -> Gaussians in double (Box-Muller), column by column
+// -> Householder QR, columns of Q times the signs of R's diagonal, which makes Q Haar-distributed
+// (Mezzadri, Notices of the AMS 54, 2007) -> rounded to float16. Two machines may round a few
+// entries to neighbouring float16 values; that is far below the matrix's own rounding. It is
+// obfuscation, not cryptography: docs/threat-model.md says what it hides.
 #pragma once
 
 #include <array>
@@ -51,14 +51,15 @@ class Cloak {
   // is checked here for every matrix that is made.
   static absl::StatusOr<Cloak> generate(const CloakSeed& seed, std::size_t hidden_size);
   // The matrix file of eager mode (tensor "cloak", metadata with the commitment).
-  // FailedPrecondition when it belongs to another seed or size; DataLoss when it is not orthogonal
-  // (a sample of rows is checked).
+  // PermissionDenied when group or others can read it; FailedPrecondition when it belongs to
+  // another seed or size; DataLoss when it is not orthogonal (a sample of rows is checked).
   static absl::StatusOr<Cloak> load(const std::filesystem::path& file, const CloakSeed& seed,
                                     std::size_t hidden_size);
+  // Creates the file with mode 0600: the matrix is as secret as the seed.
   absl::Status save(const std::filesystem::path& file, const CloakSeed& seed) const;
 
-  Cloak(Cloak&&) noexcept = default;
-  Cloak& operator=(Cloak&&) noexcept;
+  Cloak(Cloak&& other) noexcept = default;
+  Cloak& operator=(Cloak&& other) noexcept;
   ~Cloak();
 
   std::size_t hidden_size() const { return hidden_size_; }

@@ -482,7 +482,7 @@ void Safetensors::release_pages(const TensorView& tensor) const {
 
 absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::create(
     const std::filesystem::path& file, std::vector<Declaration> tensors,
-    const std::map<std::string, std::string, std::less<>>& metadata) {
+    const std::map<std::string, std::string, std::less<>>& metadata, unsigned mode) {
   std::string header;
   std::uint64_t offset = 0;
   try {
@@ -517,7 +517,7 @@ absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::create(
   if (used != 0) header.append(kAlignment - used, ' ');
 
   std::unique_ptr<SafetensorsWriter> writer(new SafetensorsWriter);
-  writer->fd_ = ::open(file.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  writer->fd_ = ::open(file.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
   if (writer->fd_ < 0) return errno_status(errno, "cannot create", file);
   writer->file_ = file;
   writer->buffer_.reserve(kWriteBufferBytes);

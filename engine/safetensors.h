@@ -92,11 +92,12 @@ class SafetensorsWriter {
     Dtype dtype;
     std::vector<std::size_t> shape;
   };
-  // AlreadyExists when there is such a file; InvalidArgument for a name that is declared twice or
-  // a tensor that would start at an address not aligned to its elements.
+  // `mode`: permissions of the file, 0600 for a secret one. AlreadyExists when there is such a
+  // file; InvalidArgument for a name that is declared twice or a tensor that would start at an
+  // address not aligned to its elements.
   static absl::StatusOr<std::unique_ptr<SafetensorsWriter>> create(
       const std::filesystem::path& file, std::vector<Declaration> tensors,
-      const std::map<std::string, std::string, std::less<>>& metadata);
+      const std::map<std::string, std::string, std::less<>>& metadata, unsigned mode = 0644);
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;
   SafetensorsWriter& operator=(const SafetensorsWriter&) = delete;
