@@ -11,8 +11,8 @@ Each prompt is read in one pass together with its golden answer: if the most lik
 position is the answer's next token, then greedy decoding would have written the answer. A position
 whose golden gap is below 1e-3 may differ; it is printed.
 
-The cloak comes from the seed, made again here with hashlib, the package `cryptography` and numpy's QR,
-and is compared with the matrix file where there is one.
+The cloak comes from the seed, made again here with hashlib, the package `cryptography` and numpy's
+QR, and is compared with the matrix file where there is one.
 """
 
 import argparse

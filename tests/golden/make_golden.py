@@ -17,8 +17,8 @@ like any other), no penalty. The file is one JSON object:
       gaps         [64] best logit minus second-best; below 1e-3 another implementation may
                    rightly choose the second, and from there on write another text
 
-The script then runs the same model in float64 over prompt and answer, which tells how much of a gap is
-rounding (below 1e-4 with either BLAS of Debian).
+The script then runs the same model in float64 over prompt and answer, which tells how much of a
+gap is rounding (below 1e-4 with either BLAS of Debian).
 """
 
 import argparse
