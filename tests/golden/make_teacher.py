@@ -4,10 +4,10 @@
     tools/install_deps.sh --tests && .venv/bin/python tools/demo_model.py
     .venv/bin/python tests/golden/make_teacher.py
 
-The text (English, code, tables, ten languages; written for this test) is tokenised as plain text and
-read in one pass in float32, so that position i sees tokens 0..i and predicts token i + 1. A program
-under test reads the same tokens and compares: does its argmax agree, and how large is the KL
-divergence over the buckets {top id 1, ..., top id K, everything else}?
+The text (English, code, tables, ten languages; written for this test) is tokenised as plain text
+and read in one pass in float32, so that position i sees tokens 0..i and predicts token i + 1. A
+program under test reads the same tokens and compares: does its argmax agree, and how large is the
+KL divergence over the buckets {top id 1, ..., top id K, everything else}?
 
 smollm2_teacher.bin, little-endian, without padding; N positions, K kept ids a position:
 

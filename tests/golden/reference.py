@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -56,6 +57,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def debian_version(package: str) -> str:
+    """The installed version of a Debian package, "not installed" without it."""
+    result = subprocess.run(["dpkg-query", "--show", "--showformat=${Version}", package],
+                            capture_output=True, text=True, check=False)
+    return result.stdout or "not installed"
+
+
 def provenance(folder: Path, command: str) -> dict:
     """Everything that the numbers depend on."""
     return {
@@ -65,7 +73,9 @@ def provenance(folder: Path, command: str) -> dict:
         "compute_dtype": "float32",
         "attention": "eager",
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": f"{torch.__version__} from {Path(torch.__file__).parent}",
+        "python3-torch (Debian)": debian_version("python3-torch"),
+        "libopenblas0-pthread (Debian)": debian_version("libopenblas0-pthread"),
         **{name: importlib.metadata.version(name)
            for name in ("transformers", "tokenizers", "numpy")},
     }
