@@ -115,4 +115,16 @@ absl::Status write_new_file(const std::filesystem::path& file, std::string_view 
   return status;
 }
 
+absl::Status replace_file(const std::filesystem::path& file, std::string_view bytes) {
+  const std::filesystem::path temporary =
+      file.parent_path() / cat(".", file.filename().string(), ".", ::getpid());
+  if (auto status = write_new_file(temporary, bytes, 0644); !status.ok()) return status;
+  if (::rename(temporary.c_str(), file.c_str()) != 0) {
+    const int error = errno;
+    ::unlink(temporary.c_str());
+    return errno_status(error, "cannot replace", file);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace infemeral

@@ -27,6 +27,10 @@ absl::StatusOr<std::string> read_text_file(const std::filesystem::path& file,
 absl::Status write_new_file(const std::filesystem::path& file, std::string_view bytes,
                             unsigned mode);
 
+// Replaces `file` as a whole: it is written beside it and renamed, so that a reader sees the old or
+// the new text and a failed write leaves the old one.
+absl::Status replace_file(const std::filesystem::path& file, std::string_view bytes);
+
 // "what FILE: the system's words" under the code that fits errno.
 absl::Status errno_status(int error, std::string_view what, const std::filesystem::path& file);
 

@@ -4,13 +4,13 @@
 #include <cmath>
 #include <limits>
 
-#include "absl/strings/str_cat.h"
+#include "engine/text.h"
 
 namespace infemeral {
 
 absl::Status validate(const SamplingParams& p) {
   const auto out_of_range = [](const char* name, auto value, const char* range) {
-    return absl::InvalidArgumentError(absl::StrCat(name, " is ", value, "; it must be ", range));
+    return absl::InvalidArgumentError(cat(name, " is ", value, "; it must be ", range));
   };
   // Written so that NaN fails too.
   if (!(p.temperature >= 0 && p.temperature <= 100)) {

@@ -1,0 +1,237 @@
+#include "cpu/client_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_join.h"
+#include "cpu/cloak_matrix.h"
+#include "cpu/linear.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/dispatch.h"
+#include "engine/text.h"
+
+namespace infemeral {
+namespace {
+
+// Rows that are in flight at once: enough for the products to run from cache, few enough for
+// buffers to stay small. Head rows carry V floats each.
+constexpr std::size_t kEmbedRows = 256;
+constexpr std::size_t kHeadRows = 16;
+
+class CpuClientBackend final : public ClientBackend {
+ public:
+  CpuClientBackend(ClientFolder folder, Matrix embed_tokens, Matrix lm_head,
+                   const simd::Kernels& kernels, const CpuOptions& options)
+      : folder_(std::move(folder)),
+        embed_tokens_(embed_tokens),
+        lm_head_(lm_head),
+        kernels_(kernels),
+        pool_(options.threads),
+        name_(cat("cpu (", kernels.name, ")")),
+        final_gain_(hidden_size()) {
+    folder_.final_norm.read(0, final_gain_);
+  }
+
+  std::string_view name() const override { return name_; }
+  std::size_t hidden_size() const override { return embed_tokens_.cols; }
+  std::size_t vocab_size() const override { return embed_tokens_.rows; }
+
+  MemoryUse memory() const override {
+    MemoryUse use;
+    use.weights_bytes = folder_.embed_tokens.data.size() + folder_.final_norm.data.size();
+    if (lm_head_.data != embed_tokens_.data) use.weights_bytes += folder_.lm_head.data.size();
+    if (cloak_) use.cloak_bytes = cloak_->bytes();
+    return use;
+  }
+
+  absl::Status embed(std::span<const std::int32_t> ids, WireDtype dtype, std::span<std::byte> out,
+                     PhaseTimes& times) override {
+    const std::size_t row_bytes = wire_row_bytes(dtype, hidden_size());
+    if (out.size() != ids.size() * row_bytes) {
+      return absl::InvalidArgumentError(cat("embed: the output holds ", out.size(), " bytes; ",
+                                            ids.size(), " rows need ", ids.size() * row_bytes));
+    }
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      if (ids[i] < 0 || static_cast<std::size_t>(ids[i]) >= vocab_size()) {
+        return absl::InvalidArgumentError(
+            cat("embed: token ", i, " is outside the vocabulary of ", vocab_size(), " tokens"));
+      }
+    }
+    for (std::size_t begin = 0; begin < ids.size(); begin += kEmbedRows) {
+      const std::size_t m = std::min(kEmbedRows, ids.size() - begin);
+      PhaseClock clock;
+      const Rows plain = buffer(plain_, m), cloaked = buffer(cloaked_, m);
+      for (std::size_t i = 0; i < m; ++i) {
+        const auto* row = reinterpret_cast<const std::uint16_t*>(
+            embed_tokens_.data +
+            static_cast<std::size_t>(ids[begin + i]) * embed_tokens_.row_bytes());
+        kernels_.from_f16(row, hidden_size(), plain[i]);
+      }
+      clock.lap(times.embed_ms);
+
+      if (absl::Status status = ensure_cloak(); !status.ok()) return status;
+      multiply(cloak_->transposed(), plain, m, cloaked);
+      for (std::size_t i = 0; i < m; ++i) {
+        encode_wire_row(dtype, {cloaked[i], hidden_size()}, out.data() + (begin + i) * row_bytes);
+      }
+      clock.lap(times.cloak_ms);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status next_tokens(std::span<const std::byte> rows, WireDtype dtype,
+                           std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
+                           PhaseTimes& times) override {
+    const std::size_t row_bytes = wire_row_bytes(dtype, hidden_size());
+    if (rows.size() != requests.size() * row_bytes || tokens.size() != requests.size()) {
+      return absl::InvalidArgumentError(cat("next_tokens: ", requests.size(), " requests need ",
+                                            requests.size() * row_bytes, " bytes of rows and ",
+                                            requests.size(), " tokens, not ", rows.size(), " and ",
+                                            tokens.size()));
+    }
+    for (const SampleRequest& request : requests) {
+      if (absl::Status status = validate(request.params); !status.ok()) return status;
+    }
+    for (std::size_t begin = 0; begin < requests.size(); begin += kHeadRows) {
+      const std::size_t m = std::min(kHeadRows, requests.size() - begin);
+      grow(logits_, m * vocab_size());
+      const Rows logits{logits_.data(), vocab_size()};
+      absl::Status status = head(rows.subspan(begin * row_bytes), dtype, m, logits, times);
+      if (!status.ok()) return status;
+
+      PhaseClock clock;
+      for (std::size_t i = 0; i < m; ++i) {
+        tokens[begin + i] = sampler_.sample({logits[i], vocab_size()}, requests[begin + i]);
+      }
+      clock.lap(times.sample_ms);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status logits(std::span<const std::byte> row, WireDtype dtype,
+                      std::span<float> logits) override {
+    if (row.size() != wire_row_bytes(dtype, hidden_size()) || logits.size() != vocab_size()) {
+      return absl::InvalidArgumentError(
+          cat("logits: one row of ", wire_row_bytes(dtype, hidden_size()), " bytes gives ",
+              vocab_size(), " logits, not ", row.size(), " and ", logits.size()));
+    }
+    PhaseTimes times;
+    return head(row, dtype, 1, {logits.data(), vocab_size()}, times);
+  }
+
+ private:
+  static void grow(std::vector<float>& buffer, std::size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+  }
+  Rows buffer(std::vector<float>& buffer, std::size_t rows) const {
+    grow(buffer, rows * hidden_size());
+    return {buffer.data(), hidden_size()};
+  }
+
+  absl::Status ensure_cloak() {
+    if (cloak_) return absl::OkStatus();
+    absl::StatusOr<Cloak> cloak = folder_.load_cloak();
+    if (!cloak.ok()) return cloak.status();
+    cloak_.emplace(*std::move(cloak));
+    return absl::OkStatus();
+  }
+
+  void multiply(const Matrix& matrix, const Rows& x, std::size_t m, const Rows& out) {
+    const Linear product{.weight = &matrix, .out = out};
+    linear(kernels_, pool_, {&product, 1}, x, m);
+  }
+
+  // logits = lm_head * (gain * (y' * Q^T)) for m rows in the wire format.
+  absl::Status head(std::span<const std::byte> rows, WireDtype dtype, std::size_t m,
+                    const Rows& logits, PhaseTimes& times) {
+    PhaseClock clock;
+    const Rows cloaked = buffer(cloaked_, m), plain = buffer(plain_, m);
+    for (std::size_t i = 0; i < m; ++i) {
+      const std::span<float> row(cloaked[i], hidden_size());
+      decode_wire_row(dtype, rows.data() + i * wire_row_bytes(dtype, hidden_size()), row);
+      if (!std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) {
+        return absl::DataLossError(
+            cat("row ", i,
+                " that the body returned has values that are not finite; the body's "
+                "weights or its arithmetic are damaged"));
+      }
+    }
+    clock.lap(times.decode_ms);
+
+    if (absl::Status status = ensure_cloak(); !status.ok()) return status;
+    multiply(cloak_->rows(), cloaked, m, plain);
+    if (dtype == WireDtype::kF32) refine(cloaked, plain, m);
+    for (std::size_t i = 0; i < m; ++i) {
+      for (std::size_t j = 0; j < hidden_size(); ++j) plain[i][j] *= final_gain_[j];
+    }
+    clock.lap(times.uncloak_ms);
+
+    multiply(lm_head_, plain, m, logits);
+    clock.lap(times.de_embed_ms);
+    return absl::OkStatus();
+  }
+
+  // Q is stored in float16, so Q * Q^T = I + D with |D| up to 1e-3, and y' * Q^T is off by about
+  // 3e-4 of its norm. On an f32 wire that would be the largest error left; one step of iterative
+  // refinement, y += (y' - y * Q) * Q^T, leaves D^2. The f16 and i8 wires round as much
+  // themselves, so there it would gain nothing.
+  void refine(const Rows& cloaked, const Rows& plain, std::size_t m) {
+    const Rows residual = buffer(residual_, m), correction = buffer(correction_, m);
+    multiply(cloak_->transposed(), plain, m, residual);
+    const std::size_t n = m * hidden_size();
+    for (std::size_t i = 0; i < n; ++i) residual.data[i] = cloaked.data[i] - residual.data[i];
+    multiply(cloak_->rows(), residual, m, correction);
+    for (std::size_t i = 0; i < n; ++i) plain.data[i] += correction.data[i];
+  }
+
+  ClientFolder folder_;
+  Matrix embed_tokens_;  // V x H, f16
+  Matrix lm_head_;       // V x H
+  const simd::Kernels& kernels_;
+  ThreadPool pool_;
+  std::string name_;
+  std::vector<float> final_gain_;     // H
+  std::optional<CloakMatrix> cloak_;  // made on first use
+  std::vector<float> plain_;          // rows x H
+  std::vector<float> cloaked_;        // rows x H
+  std::vector<float> residual_;       // rows x H
+  std::vector<float> correction_;     // rows x H
+  std::vector<float> logits_;         // rows x V
+  Sampler sampler_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ClientBackend>> make_cpu_client_backend(ClientFolder folder,
+                                                                       const CpuOptions& options) {
+  const absl::StatusOr<const simd::Kernels*> kernels = simd::choose_kernels();
+  if (!kernels.ok()) return kernels.status();
+
+  const std::vector<std::size_t> table = {folder.manifest.vocab_size, folder.manifest.hidden_size};
+  for (const auto& [name, view] : {std::pair{"embed_tokens.weight", &folder.embed_tokens},
+                                   std::pair{"lm_head.weight", &folder.lm_head}}) {
+    if (view->dtype != Dtype::kF16 || view->shape != table) {
+      return absl::FailedPreconditionError(
+          cat(folder.path.string(), ": tensor ", name, " is ", dtype_name(view->dtype), " [",
+              absl::StrJoin(view->shape, ", "), "]; engine.json asks for F16 [",
+              absl::StrJoin(table, ", "), "]"));
+    }
+  }
+  if (folder.final_norm.elements() != folder.manifest.hidden_size) {
+    return absl::FailedPreconditionError(
+        cat(folder.path.string(), ": tensor final_norm.weight has ", folder.final_norm.elements(),
+            " elements; engine.json asks for ", folder.manifest.hidden_size));
+  }
+  const absl::StatusOr<Matrix> embed_tokens = matrix_of(folder.embed_tokens, "embed_tokens.weight");
+  if (!embed_tokens.ok()) return embed_tokens.status();
+  const absl::StatusOr<Matrix> lm_head = matrix_of(folder.lm_head, "lm_head.weight");
+  if (!lm_head.ok()) return lm_head.status();
+  return std::make_unique<CpuClientBackend>(std::move(folder), *embed_tokens, *lm_head, **kernels,
+                                            options);
+}
+
+}  // namespace infemeral

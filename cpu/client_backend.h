@@ -1,0 +1,23 @@
+// ClientBackend on the CPU: the readable specification of the others. Stages, in the order and
+// under the names of engine/metrics.h: embed, cloak; decode, uncloak, de_embed, sample.
+#pragma once
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "engine/backend.h"
+#include "engine/client_folder.h"
+
+namespace infemeral {
+
+struct CpuOptions {
+  int threads = 0;  // 0: physical cores
+};
+
+// Takes over the folder, whose weights stay mapped. The cloak's matrix is loaded or made on first
+// use and kept; its time counts as cloak or uncloak. Errors: those of simd::choose_kernels, and
+// FailedPrecondition for a folder whose tensors do not fit its manifest.
+absl::StatusOr<std::unique_ptr<ClientBackend>> make_cpu_client_backend(ClientFolder folder,
+                                                                       const CpuOptions& options);
+
+}  // namespace infemeral

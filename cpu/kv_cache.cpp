@@ -1,0 +1,49 @@
+#include "cpu/kv_cache.h"
+
+#include <sodium.h>
+
+#include <cstring>
+#include <new>
+
+#include "engine/text.h"
+
+namespace infemeral {
+
+KvCache::~KvCache() {
+  for (const auto& page : pages_) sodium_memzero(page.get(), page_bytes());
+}
+
+absl::Status KvCache::resize(std::uint32_t keep, std::uint32_t length) {
+  const std::size_t pages = (std::size_t{length} + kPagePositions - 1) / kPagePositions;
+  try {
+    pages_.reserve(pages);
+    // Left as the system gives it: attention reads no position that was not written.
+    while (pages_.size() < pages) pages_.emplace_back(new std::byte[page_bytes()]);
+  } catch (const std::bad_alloc&) {
+    length_ = keep < length_ ? keep : length_;
+    return absl::ResourceExhaustedError(cat("no memory for a KV cache of ", length, " positions (",
+                                            pages * page_bytes() >> 20,
+                                            " MiB); use a shorter context or fewer sessions"));
+  }
+  length_ = length;
+  return absl::OkStatus();
+}
+
+void KvCache::store(const simd::Kernels& kernels, std::size_t layer, std::size_t position,
+                    const float* key, const float* value) {
+  const std::size_t page = position / kPagePositions, row = position % kPagePositions;
+  const std::size_t row_bytes = shape_.head_dim * shape_.element_bytes();
+  const auto put = [&](const float* from, std::byte* to) {
+    if (shape_.format == simd::Format::kF32) {
+      std::memcpy(to, from, row_bytes);
+    } else {
+      kernels.to_f16(from, shape_.head_dim, reinterpret_cast<std::uint16_t*>(to));
+    }
+  };
+  for (std::size_t head = 0; head < shape_.heads; ++head) {
+    put(key + head * shape_.head_dim, keys(page, layer, head) + row * row_bytes);
+    put(value + head * shape_.head_dim, values(page, layer, head) + row * row_bytes);
+  }
+}
+
+}  // namespace infemeral

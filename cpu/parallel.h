@@ -1,0 +1,47 @@
+// Threads of the CPU backend: parallel loops over index ranges, through oneTBB.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+
+#include "absl/functional/function_ref.h"
+
+namespace infemeral {
+
+// Physical cores that this process may run on (two hardware threads of one core count once: they
+// share the units that these loops saturate); at least 1.
+int physical_cores();
+
+// What one call of a parallel loop's body does.
+struct Range {
+  std::size_t begin = 0;
+  std::size_t end = 0;
+  std::size_t worker = 0;  // below ThreadPool::threads(); no two calls at once have the same
+};
+
+// Up to `threads` threads at once, the caller included. Pools of one process draw on one set of
+// worker threads, as many as the machine has, so a client and a body in one process share the
+// machine. A pool may be used by one thread at a time.
+class ThreadPool {
+ public:
+  // 0: physical_cores(); never more than the hardware threads that this process may run on.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls body for ranges that make up [0, n), from several threads, and returns when
+  // all are done. `grain` is the number of indices below which handing work to another thread
+  // does not pay; ranges begin at multiples of `align`. Must not be nested; body must not throw.
+  void for_ranges(std::size_t n, std::size_t grain, std::size_t align,
+                  absl::FunctionRef<void(const Range&)> body);
+
+ private:
+  struct Arena;
+  std::unique_ptr<Arena> arena_;  // null for one thread
+  int threads_;
+};
+
+}  // namespace infemeral

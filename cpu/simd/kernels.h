@@ -1,0 +1,61 @@
+// The hot loops of the CPU backend, once per instruction set. A Kernels is a table of plain
+// functions over pointers and sizes; cpu/simd/dispatch.h chooses one at run time.
+//
+// Files that are compiled with their own instruction-set flags include this header and no other of
+// the project or of the C++ library: an inline function that they shared with the rest of the
+// program could be merged by the linker into a copy that the machine cannot run.
+//
+// None of the pointers needs more alignment than its element type.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace infemeral::simd {
+
+// How the second operand of a product is stored.
+enum class Format { kF32 = 0, kF16 = 1, kBF16 = 2 };
+inline constexpr size_t kFormats = 3;
+
+// The operands of a product; strides are in elements.
+struct Product {
+  const float* a;  // m rows of k, lda apart
+  size_t lda;
+  const void* w;  // matmul: n rows of k, ldw apart; accumulate: k rows of n
+  size_t ldw;
+  float* c;  // m rows of n, ldc apart
+  size_t ldc;
+  size_t m;
+  size_t n;
+  size_t k;
+};
+
+struct Kernels {
+  const char* name;  // "portable", "avx2", "avx512"
+
+  // C = A * W^T, W in the format of the index. An element's bits depend on its row of A, its row of
+  // W and k alone: lane l of one vector accumulator takes the products of the elements
+  // l, l + lanes, l + 2 lanes, ... in this order, and the lanes are summed in a fixed tree. So a
+  // prefill of many rows gives the bits of as many decode steps, wherever tiles and threads cut.
+  void (*matmul[kFormats])(const Product& product);
+
+  // C += A * W: element by element, products are added in the order of k. A zero in A adds nothing
+  // to a finite sum, so rows that use different parts of W can share a call. For f32 and f16 only.
+  void (*accumulate[2])(const Product& product);
+
+  // x[i] <- exp((x[i] - max) * scale), scale > 0; returns their sum. The sum's order depends on n
+  // alone.
+  float (*softmax)(float* x, size_t n, float scale);
+
+  // gate[i] <- gate[i] * sigmoid(gate[i]) * up[i]
+  void (*swiglu)(float* gate, const float* up, size_t n);
+
+  // out[i] = gain[i] * x[i] / sqrt(mean of x^2 + eps); out may be x.
+  void (*rms_norm)(const float* x, const float* gain, float eps, size_t n, float* out);
+
+  // binary16, round to nearest even; values beyond +-65504 are clamped to it.
+  void (*to_f16)(const float* x, size_t n, uint16_t* out);
+  void (*from_f16)(const uint16_t* x, size_t n, float* out);
+};
+
+}  // namespace infemeral::simd

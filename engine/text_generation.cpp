@@ -1,0 +1,89 @@
+#include "engine/text_generation.h"
+
+#include <algorithm>
+
+namespace infemeral {
+
+absl::StatusOr<TextAssets> TextAssets::load(const std::filesystem::path& client_folder) {
+  TextAssets assets;
+  auto tokenizer = Tokenizer::load(client_folder / "tokenizer.json");
+  if (!tokenizer.ok()) return tokenizer.status();
+  assets.tokenizer = *std::move(tokenizer);
+  // A model without a usable template is fine until a chat is asked for.
+  assets.chat_template = ChatTemplate::load(client_folder / "tokenizer_config.json");
+  auto defaults = load_generation_config(client_folder);
+  if (!defaults.ok()) return defaults.status();
+  assets.defaults = *std::move(defaults);
+  return assets;
+}
+
+absl::StatusOr<std::vector<std::int32_t>> TextAssets::encode_prompt(std::string_view prompt) const {
+  return tokenizer->encode(prompt);
+}
+
+absl::StatusOr<std::vector<std::int32_t>> TextAssets::encode_chat(
+    std::span<const ChatMessage> messages) const {
+  if (!chat_template.ok()) return chat_template.status();
+  return chat_template->encode(*tokenizer, messages, /*add_generation_prompt=*/true);
+}
+
+StopFilter::StopFilter(std::vector<std::string> stops) : stops_(std::move(stops)) {
+  std::erase_if(stops_, [](const std::string& stop) { return stop.empty(); });
+}
+
+std::string StopFilter::push(std::string_view text) {
+  if (stopped_) return {};
+  held_.append(text);
+  std::size_t cut = std::string::npos;
+  for (const std::string& stop : stops_) cut = std::min(cut, held_.find(stop));
+  if (cut != std::string::npos) {
+    stopped_ = true;
+    std::string shown = held_.substr(0, cut);
+    held_.clear();
+    return shown;
+  }
+  std::size_t hold = 0;  // the longest end of the text that begins a stop string
+  for (const std::string& stop : stops_) {
+    for (std::size_t n = std::min(stop.size() - 1, held_.size()); n > hold; --n) {
+      if (std::string_view(held_).substr(held_.size() - n) == std::string_view(stop).substr(0, n)) {
+        hold = n;
+      }
+    }
+  }
+  // Whole characters only: do not part a stop string's first bytes from those before them.
+  while (hold < held_.size() && (held_[held_.size() - hold] & 0xC0) == 0x80 && hold > 0) ++hold;
+  std::string shown = held_.substr(0, held_.size() - hold);
+  held_.erase(0, shown.size());
+  return shown;
+}
+
+std::string StopFilter::finish() {
+  return stopped_ ? std::string() : std::exchange(held_, {});
+}
+
+absl::Status generate_text(Pipeline& pipeline, const TextAssets& assets, const TextRequest& request,
+                           const TextCallback& on_text, std::stop_token stop, TextResult& result) {
+  result = {};
+  GenerateRequest generate{
+      .prompt = request.prompt, .max_tokens = request.max_tokens, .sampling = request.sampling};
+  if (!request.ignore_end_tokens) generate.end_tokens = assets.defaults.end_tokens;
+
+  StreamDecoder decoder(*assets.tokenizer, /*skip_special_tokens=*/true);
+  StopFilter filter(request.stop);
+  const auto show = [&](std::string piece) {
+    if (piece.empty()) return;
+    result.text += piece;
+    if (on_text) on_text(piece);
+  };
+  const auto on_token = [&](std::int32_t token) {
+    show(filter.push(decoder.push(token)));
+    return !filter.stopped();
+  };
+  const absl::Status status = pipeline.generate(generate, on_token, stop, result.generation);
+  show(filter.push(decoder.finish()));
+  show(filter.finish());
+  result.stopped = filter.stopped() || result.generation.finish == FinishReason::kEndToken;
+  return status;
+}
+
+}  // namespace infemeral

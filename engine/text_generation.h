@@ -1,0 +1,81 @@
+// Text in, text out: the pipeline between a tokenizer and a streaming detokenizer.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <stop_token>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/chat_template.h"
+#include "engine/generation_config.h"
+#include "engine/pipeline.h"
+#include "engine/tokenizer.h"
+
+namespace infemeral {
+
+// What turns text into ids and back, from the client's folder. Immutable; readable from any thread.
+struct TextAssets {
+  static absl::StatusOr<TextAssets> load(const std::filesystem::path& client_folder);
+
+  // The prompt's ids: with the model's begin token where its tokenizer adds one. Text that looks
+  // like a special token stays text.
+  absl::StatusOr<std::vector<std::int32_t>> encode_prompt(std::string_view prompt) const;
+  // Through the model's chat template, ready for the assistant's turn. Unimplemented, with the
+  // reason, when the model has no template that the engine knows.
+  absl::StatusOr<std::vector<std::int32_t>> encode_chat(
+      std::span<const ChatMessage> messages) const;
+
+  std::unique_ptr<const Tokenizer> tokenizer;
+  absl::StatusOr<ChatTemplate> chat_template = absl::UnknownError("not loaded");
+  GenerationConfig defaults;
+};
+
+// Cuts a stream of text at the first of several stop strings, holding back what might become one.
+class StopFilter {
+ public:
+  // Empty stop strings are ignored.
+  explicit StopFilter(std::vector<std::string> stops);
+
+  // The text that can be shown now. After stopped(), always empty.
+  std::string push(std::string_view text);
+  // What was held back, when the stream ends without a stop string.
+  std::string finish();
+  bool stopped() const { return stopped_; }
+
+ private:
+  std::vector<std::string> stops_;
+  std::string held_;
+  bool stopped_ = false;
+};
+
+struct TextRequest {
+  std::vector<std::int32_t> prompt;
+  std::uint32_t max_tokens = 128;
+  SamplingParams sampling;
+  std::vector<std::string> stop;
+  bool ignore_end_tokens = false;
+};
+
+struct TextResult {
+  std::string text;      // without the stop string, special tokens left out
+  bool stopped = false;  // by an end token or a stop string; else by the length
+  GenerateResult generation;
+};
+
+// Called with every piece of text as soon as it is certain; pieces are whole UTF-8 characters and
+// their concatenation is TextResult::text.
+using TextCallback = std::function<void(std::string_view piece)>;
+
+// On an error, `result` holds what was made before it. Errors: those of Pipeline::generate.
+absl::Status generate_text(Pipeline& pipeline, const TextAssets& assets, const TextRequest& request,
+                           const TextCallback& on_text, std::stop_token stop, TextResult& result);
+
+}  // namespace infemeral

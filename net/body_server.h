@@ -1,0 +1,59 @@
+// Serves a Body to authenticated clients over encrypted gRPC streams.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/body.h"
+#include "engine/log.h"
+#include "net/identity.h"
+#include "net/noise.h"
+
+namespace infemeral {
+
+struct BodyServerOptions {
+  std::string listen = "127.0.0.1:0";  // "host:port"; port 0 takes a free one
+  const Identity* identity = nullptr;  // read by start() only
+  std::vector<PublicKey> allow;        // the only clients that get a session
+  std::uint32_t max_sessions = 64;     // over all connections
+  std::uint32_t max_rows_per_step = 512;
+  std::uint32_t max_pending_per_connection = 16;  // requests read but not yet answered
+  std::chrono::milliseconds handshake_timeout{5000};
+  // Accepted suites; empty means all that this processor has.
+  std::vector<CipherSuite> ciphers;
+  LogSink log;
+};
+
+struct BodyServerCounters {
+  std::uint64_t connections = 0;  // streams accepted so far
+  std::uint64_t handshakes = 0;   // of these, completed and allowed
+  std::uint64_t refused = 0;      // of these, turned away before or at the handshake
+  std::uint64_t steps = 0;        // run by the body
+  std::uint32_t open_connections = 0;
+  std::uint32_t open_sessions = 0;
+};
+
+// One thread of its own calls Body::run(); everything else happens on gRPC's threads, so that an
+// idle connection costs no thread. All public functions may be called from any thread.
+class BodyServer {
+ public:
+  // The body is borrowed: it must outlive the server. InvalidArgument for bad options, Unavailable
+  // when the address cannot be listened on.
+  static absl::StatusOr<std::unique_ptr<BodyServer>> start(Body& body, BodyServerOptions options);
+
+  virtual ~BodyServer() = default;  // as shutdown(0)
+
+  virtual int port() const = 0;
+  virtual BodyServerCounters counters() const = 0;
+
+  // Takes no new connections or sessions, reports NOT_SERVING to health checks, ends idle
+  // connections at once and the others when their pending steps are answered, or after `grace`.
+  // Returns when everything has ended. Further calls do nothing.
+  virtual void shutdown(std::chrono::milliseconds grace) = 0;
+};
+
+}  // namespace infemeral

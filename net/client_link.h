@@ -1,0 +1,39 @@
+// The client's end of the encrypted stream: a Link to a BodyServer.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <stop_token>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/link.h"
+#include "engine/log.h"
+#include "net/identity.h"
+#include "net/noise.h"
+
+namespace infemeral {
+
+struct ClientLinkOptions {
+  std::string server;                  // "host:port", "[v6]:port" or a gRPC target with a scheme
+  PublicKey server_key{};              // pinned: any other server is refused
+  const Identity* identity = nullptr;  // this client; read by connect_link() only
+  Fingerprint model_fingerprint{};     // what the body must have been prepared as
+  Fingerprint cloak_commitment{};
+  std::size_t hidden_size = 0;                      // H of the rows that steps carry
+  std::chrono::milliseconds connect_timeout{5000};  // name, TCP and handshake together
+  std::chrono::milliseconds step_timeout{120000};   // one step or open_session()
+  std::optional<CipherSuite> force_cipher;          // else AES-GCM where both ends have it
+  LogSink log;
+};
+
+// Connects and completes the handshake; the fingerprints are checked by open_session(). Errors are
+// those of Link. The first error that is not about one request's contents gives the connection up,
+// a triggered stop token in the middle of a call included; from then on the link repeats that
+// error.
+absl::StatusOr<std::unique_ptr<Link>> connect_link(const ClientLinkOptions& options,
+                                                   std::stop_token stop = {});
+
+}  // namespace infemeral

@@ -1,0 +1,198 @@
+#!/usr/bin/env bash
+# The programs as a user meets them: results on stdout, one clear line for a mistake, exit codes, and
+# nothing lost. usage: engine_run_test.sh TOOLS_DIR MAKE_TINY_MODEL_PROGRAM
+set -uo pipefail
+tools=$1 make_tiny_model=$2
+
+work=$(mktemp -d)
+server=
+trap '[ -z "$server" ] || kill -9 "$server" 2>/dev/null; rm -rf "$work"' EXIT
+cd "$work" || exit 1
+failures=0
+fail() { echo "FAILED: $*"; failures=$((failures + 1)); }
+
+# run CODE COMMAND...: runs it, keeps stdout and stderr in files, checks the exit code.
+run() {
+  local expected=$1 code
+  shift
+  "$@" >out 2>err </dev/null
+  code=$?
+  [ "$code" = "$expected" ] || fail "exit $code instead of $expected: $*: $(cat err)"
+}
+# refused CODE PATTERN COMMAND...: also exactly one line on stderr that matches, nothing on stdout.
+refused() {
+  local code=$1 pattern=$2
+  shift 2
+  run "$code" "$@"
+  [ "$(wc -l <err)" = 1 ] || fail "not one line on stderr: $*: $(cat err)"
+  grep -qE -- "$pattern" err || fail "no '$pattern' in the message of $*: $(cat err)"
+  [ ! -s out ] || fail "output on stdout: $*"
+}
+engine_run() { "$tools/engine_run" "$@"; }
+expect_lines() { [ "$(wc -l <"$1")" = "$2" ] || fail "$1 has $(wc -l <"$1") lines, not $2"; }
+
+"$make_tiny_model" model || exit 1
+run 0 "$tools/engine_prep" --quiet --model model --output prepared
+run 0 "$tools/engine_prep" --quiet --model model --output other
+
+# --- what works -----------------------------------------------------------------------------------
+run 0 engine_run -m prepared -p "hello" -n 8 --quiet
+[ -s out ] || fail "no text on stdout"
+[ ! -s err ] || fail "--quiet is not quiet: $(cat err)"
+cp out first
+run 0 engine_run -m prepared/client -p "hello" -n 8 --quiet
+cmp -s out first || fail "the client folder gives another text than the folder above it"
+run 0 env INFEMERAL_MODEL=prepared INFEMERAL_MAX_TOKENS=8 INFEMERAL_QUIET=1 "$tools/engine_run" -p hello
+cmp -s out first || fail "the environment variables do not work"
+
+printf 'one\ntwo\n\nthree\n' >prompts.txt
+run 0 engine_run -m prepared -f prompts.txt -n 4 -o results.jsonl --report report.json --profile
+expect_lines results.jsonl 3
+grep -q '^de_embed' err || fail "--profile prints no table"
+python3 - <<'PY' || fail "report.json or results.jsonl is not what it should be"
+import json
+report = json.load(open("report.json"))
+assert report["schema"] == "infemeral-report" and report["requests"]["completed"] == 3
+assert report["mean_ttft_ms"] > 0 and report["tokens"]["output"] == 12
+assert len(report["samples"]) == 3 and report["wire"]["steps"] == 12
+assert report["phases"]["decode"]["explained_share"] > 0.5
+lines = [json.loads(line) for line in open("results.jsonl")]
+assert [line["index"] for line in lines] == [0, 1, 2] and all("text" in line for line in lines)
+text = open("report.json").read()
+assert "one" not in [w.strip('",:') for w in text.split()] and "prepared" not in text
+PY
+run 0 engine_run -m prepared --check
+grep -q '^token: *ok' out || fail "--check does not say that a token came"
+run 0 engine_run -m prepared -p "same seed" -n 12 --temp 1 --seed 5 --quiet
+cp out first
+run 0 engine_run -m prepared -p "same seed" -n 12 --temp 1 --seed 5 --quiet -t 1
+cmp -s out first || fail "the same seed gives another text"
+run 0 engine_run -m prepared -p "hello" --chat -n 4 --quiet --wire i8
+run 0 engine_run --version
+grep -q '^engine_run [0-9]' out || fail "--version"
+
+# --- one bad item, the others go on ---------------------------------------------------------------
+long=$(head -c 400 /dev/zero | tr '\0' x)
+cat >mixed.jsonl <<JSON
+{"prompt": "good"}
+{"prompt": "unknown field", "colour": "red"}
+{"prompt": ""}
+{"prompt": "$long"}
+not json
+{"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}}
+{"prompt": "bad sampling", "temperature": -1}
+JSON
+run 1 engine_run -m prepared -f mixed.jsonl -n 4 -o mixed_results.jsonl
+expect_lines mixed_results.jsonl 7
+expect_lines err 5
+python3 - <<'PY' || fail "mixed results"
+import json
+lines = [json.loads(line) for line in open("mixed_results.jsonl")]
+bad = [i for i, line in enumerate(lines) if line.get("error")]
+assert bad == [1, 2, 3, 4, 6], bad
+assert lines[5]["response"]["body"]["usage"]["completion_tokens"] <= 2
+assert "context" in lines[3]["error"]["message"], lines[3]
+PY
+grep -q "unknown field\|not json" err && fail "a prompt's text is in the log"
+
+# --- mistakes -------------------------------------------------------------------------------------
+refused 2 '--model' engine_run -p x
+refused 2 'nothing to do' engine_run -m prepared
+refused 2 'nowhere' engine_run -m nowhere -p x
+refused 2 'client' engine_run -m model -p x
+refused 2 'client' engine_run -m prepared/body -p x
+refused 2 '--wire' engine_run -m prepared -p x --wire f64
+refused 2 'backend' engine_run -m prepared -p x --backend tpu
+refused 2 'max-tokens' engine_run -m prepared -p x -n many
+refused 2 '--no-such-flag' engine_run -m prepared -p x --no-such-flag
+refused 2 'missing.txt' engine_run -m prepared -f missing.txt
+refused 2 'results.jsonl' engine_run -m prepared -p x -o results.jsonl
+expect_lines results.jsonl 3
+refused 2 'no/such/dir' engine_run -m prepared -p x -o no/such/dir/out.jsonl
+refused 2 'stdout' engine_run -m prepared -p x -o - --stream
+: >empty.txt
+refused 2 'no prompt' engine_run -m prepared -f empty.txt
+run 2 sh -c "'$tools/engine_run' -m prepared -p x -n 2 --quiet >/dev/full"
+grep -q stdout err || fail "a full disk under stdout is not reported: $(cat err)"
+run 2 "$tools/engine_run" -m prepared -p x -n 2 -o /dev/full --overwrite
+grep -q '/dev/full' err || fail "a full disk under the output is not reported: $(cat err)"
+[ "$(id -u)" = 0 ] || { mkdir ro && chmod 500 ro && refused 2 'ro/' engine_run -m prepared -p x -o ro/a; }
+
+chmod 644 prepared/client/cloak.key
+refused 2 'cloak.key' engine_run -m prepared -p x
+chmod 600 prepared/client/cloak.key
+cp -r prepared damaged
+head -c 1000 prepared/client/client.safetensors >damaged/client/client.safetensors
+refused 2 'client.safetensors' engine_run -m damaged -p x
+cp prepared/client/client.safetensors damaged/client/
+head -c 1000 prepared/body/model.safetensors >damaged/body/model.safetensors
+refused 2 'model.safetensors' engine_run -m damaged -p x
+cp prepared/body/model.safetensors damaged/body/
+echo '{"model": 1}' >damaged/client/tokenizer.json
+refused 2 'tokenizer.json' engine_run -m damaged -p x
+rm -r damaged/body && cp -r other/body damaged/body && cp prepared/client/tokenizer.json damaged/client/
+refused 3 'cloak' engine_run -m damaged -p x
+
+# --- the server -----------------------------------------------------------------------------------
+for name in server client stranger; do run 0 "$tools/engine_keygen" --output "$name.key"; done
+start_server() {
+  "$tools/engine_serve" --model prepared/body --listen 127.0.0.1:0 --identity server.key \
+    --allow client.key.pub >server.log 2>&1 </dev/null &
+  server=$!
+  for _ in $(seq 200); do grep -q '^listening' server.log && break; sleep 0.05; done
+  address=$(sed -n 's/^listening on \([^,]*\),.*/\1/p' server.log)
+  [ -n "$address" ] || fail "engine_serve does not start: $(cat server.log)"
+}
+start_server
+remote=(-m prepared --server "$address" --server-key server.key.pub --identity client.key)
+run 0 engine_run -m prepared -p "hello" -n 8 --quiet
+cp out first
+run 0 engine_run "${remote[@]}" -p "hello" -n 8 --quiet
+cmp -s out first || fail "the remote body gives another text than the local one"
+refused 2 'server-key' engine_run -m prepared --server "$address" -p x
+refused 2 'identity' engine_run -m prepared --server "$address" --server-key server.key.pub -p x
+refused 3 'key|allow|client' engine_run -m prepared --server "$address" \
+  --server-key server.key.pub --identity stranger.key -p x
+refused 3 'key' engine_run -m prepared --server "$address" --server-key stranger.key.pub \
+  --identity client.key -p x
+refused 3 'cloak' engine_run -m other --server "$address" --server-key server.key.pub \
+  --identity client.key -p x
+refused 3 '127.0.0.1:1' engine_run -m prepared --server 127.0.0.1:1 --server-key server.key.pub \
+  --identity client.key -p x
+
+# The server dies in the middle of a batch: what is done stays, and the exit code says why.
+for i in $(seq 2000); do echo "prompt number $i"; done >many.txt
+engine_run "${remote[@]}" -f many.txt -n 64 --ignore-eos -o many.jsonl >out 2>err </dev/null &
+client=$!
+for _ in $(seq 200); do [ "$(wc -l <many.jsonl 2>/dev/null || echo 0)" -ge 3 ] && break; sleep 0.05; done
+kill -9 "$server"
+wait "$client"
+code=$?
+server=
+[ "$code" = 3 ] || fail "exit $code instead of 3 after the server died: $(cat err)"
+grep -q 'prompts are done' err || fail "no word about what was done: $(cat err)"
+done_lines=$(wc -l <many.jsonl)
+[ "$done_lines" -ge 3 ] || fail "results were lost when the server died"
+python3 -c 'import json, sys; [json.loads(line)["text"] for line in open("many.jsonl")]' ||
+  fail "a result line is damaged"
+
+# Ctrl-C ends a run cleanly, and a server too.
+start_server
+remote=(-m prepared --server "$address" --server-key server.key.pub --identity client.key)
+"$tools/engine_run" "${remote[@]}" -f many.txt -n 64 --ignore-eos -o stopped.jsonl >out 2>err </dev/null &
+client=$!
+for _ in $(seq 200); do [ "$(wc -l <stopped.jsonl 2>/dev/null || echo 0)" -ge 1 ] && break; sleep 0.05; done
+kill -TERM "$client"
+wait "$client"
+[ $? = 130 ] || fail "an interrupted run does not exit with 130: $(cat err)"
+kill -TERM "$server"
+wait "$server" || fail "engine_serve does not end cleanly on SIGTERM"
+server=
+
+# Nothing secret was logged anywhere.
+if grep -rqF -e "hello" -e "prompt number" server.log err; then fail "a prompt was logged"; fi
+secret=$(sed 's/.*://' client.key)
+if grep -qF "$secret" server.log err out; then fail "a secret key was logged"; fi
+
+[ "$failures" = 0 ] && echo "all as it should be"
+exit "$failures"

@@ -1,0 +1,293 @@
+#include "engine/pipeline.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <random>
+#include <thread>
+
+namespace infemeral {
+namespace {
+
+constexpr std::size_t kHidden = 8;
+constexpr std::int32_t kVocab = 101;
+
+std::mt19937& rng() {
+  static std::mt19937 generator{std::random_device{}()};
+  return generator;
+}
+
+std::vector<std::int32_t> random_prompt(std::size_t n) {
+  std::vector<std::int32_t> prompt(n);
+  for (auto& id : prompt) id = static_cast<std::int32_t>(rng()() % kVocab);
+  return prompt;
+}
+
+// The toy model: the next token is a hash of all tokens so far.
+std::int32_t next_of(const std::vector<std::int32_t>& ids) {
+  std::uint32_t hash = 2166136261u;
+  for (std::int32_t id : ids) hash = (hash ^ static_cast<std::uint32_t>(id)) * 16777619u;
+  return static_cast<std::int32_t>(hash % kVocab);
+}
+
+std::vector<std::int32_t> expected_tokens(std::vector<std::int32_t> ids, std::size_t n) {
+  std::vector<std::int32_t> tokens;
+  for (std::size_t i = 0; i < n; ++i) {
+    tokens.push_back(next_of(ids));
+    ids.push_back(tokens.back());
+  }
+  return tokens;
+}
+
+// Element 0 of a row carries the id on its way out and the next id on its way back.
+class ToyBackend final : public ClientBackend {
+ public:
+  std::string_view name() const override { return "toy"; }
+  std::size_t hidden_size() const override { return kHidden; }
+  std::size_t vocab_size() const override { return kVocab; }
+  MemoryUse memory() const override { return {}; }
+
+  absl::Status embed(std::span<const std::int32_t> ids, WireDtype dtype, std::span<std::byte> out,
+                     PhaseTimes& times) override {
+    const std::size_t row_bytes = wire_row_bytes(dtype, kHidden);
+    if (out.size() != ids.size() * row_bytes) return absl::InternalError("size");
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      if (ids[i] < 0 || ids[i] >= kVocab) return absl::InvalidArgumentError("token id");
+      float row[kHidden] = {static_cast<float>(ids[i])};
+      encode_wire_row(dtype, row, out.data() + i * row_bytes);
+    }
+    times.embed_ms += 1;
+    return absl::OkStatus();
+  }
+  absl::Status next_tokens(std::span<const std::byte> rows, WireDtype dtype,
+                           std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
+                           PhaseTimes& times) override {
+    float row[kHidden];
+    if (requests.size() != 1 || rows.size() != wire_row_bytes(dtype, kHidden)) {
+      return absl::InternalError("size");
+    }
+    decode_wire_row(dtype, rows.data(), row);
+    tokens[0] = static_cast<std::int32_t>(row[0]);
+    positions.push_back(requests[0].position);
+    times.sample_ms += 1;
+    return absl::OkStatus();
+  }
+  absl::Status logits(std::span<const std::byte>, WireDtype, std::span<float>) override {
+    return absl::UnimplementedError("toy");
+  }
+
+  std::vector<std::uint64_t> positions;
+};
+
+class ToyLink final : public Link {
+ public:
+  absl::StatusOr<SessionInfo> open_session(std::stop_token) override {
+    ++opened;
+    return SessionInfo{.id = ++last_session_,
+                       .hidden_size = kHidden,
+                       .max_context = context,
+                       .max_rows = max_rows,
+                       .body = "toy"};
+  }
+  absl::Status step(const StepRequest& request, std::stop_token stop, StepReply& reply,
+                    PhaseTimes& times) override {
+    if (before_step) before_step();
+    if (stop.stop_requested()) return absl::CancelledError("stopped");
+    if (!fail_next.ok()) return std::exchange(fail_next, absl::OkStatus());
+    auto& ids = caches_[request.session];
+    if (request.start_pos > ids.size()) return absl::InvalidArgumentError("gap");
+    if (request.start_pos + request.rows > context) return absl::InvalidArgumentError("context");
+    if (request.rows > max_rows) return absl::InvalidArgumentError("rows");
+    ids.resize(request.start_pos);
+    const std::size_t row_bytes = wire_row_bytes(request.dtype, kHidden);
+    for (std::size_t i = 0; i < request.rows; ++i) {
+      float row[kHidden];
+      decode_wire_row(request.dtype, request.tensor.data() + i * row_bytes, row);
+      ids.push_back(static_cast<std::int32_t>(row[0]));
+    }
+    rows_sent += request.rows;
+    reply.kv_len = static_cast<std::uint32_t>(ids.size());
+    reply.rows = request.wanted == Wanted::kLast ? 1 : 0;
+    reply.tensor.assign(reply.rows * row_bytes, std::byte{0xFF});
+    if (reply.rows == 1) {
+      float row[kHidden] = {static_cast<float>(next_of(ids))};
+      encode_wire_row(request.dtype, row, reply.tensor.data());
+    }
+    if (tamper) tamper(reply);
+    times.network_ms += 1;
+    return absl::OkStatus();
+  }
+  void close_session(std::uint64_t session) override { caches_.erase(session); }
+  LinkCounters counters() const override { return {}; }
+  std::string cipher() const override { return "none"; }
+
+  std::uint32_t context = 64;
+  std::uint32_t max_rows = 16;
+  std::function<void()> before_step;
+  std::function<void(StepReply&)> tamper;
+  absl::Status fail_next;
+  int opened = 0;
+  std::size_t rows_sent = 0;
+
+ private:
+  std::uint64_t last_session_ = 0;
+  std::map<std::uint64_t, std::vector<std::int32_t>> caches_;
+};
+
+struct Toy {
+  ToyBackend backend;
+  ToyLink link;
+  Pipeline pipeline{backend, link, {.wire = WireDtype::kF32, .prefill_rows = 5}};
+
+  GenerateResult run(const std::vector<std::int32_t>& prompt, std::uint32_t n) {
+    GenerateResult result;
+    const auto status = pipeline.generate({.prompt = prompt, .max_tokens = n}, {}, {}, result);
+    REQUIRE(status.ok());
+    return result;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("tokens are the model's, whatever the chunks and whatever is cached") {
+  for (std::uint32_t chunk : {1u, 2u, 7u, 1000u}) {
+    Toy toy;
+    Pipeline pipeline(toy.backend, toy.link, {.wire = WireDtype::kF32, .prefill_rows = chunk});
+    std::vector<std::int32_t> prompt;
+    for (int round = 0; round < 20; ++round) {
+      // Sometimes a fresh prompt, sometimes one that shares a prefix with the last.
+      if (round % 3 == 0) {
+        prompt = random_prompt(1 + rng()() % 40);
+      } else {
+        prompt.resize(1 + rng()() % prompt.size());
+        for (std::int32_t id : random_prompt(rng()() % 5)) prompt.push_back(id);
+      }
+      GenerateResult result;
+      REQUIRE(pipeline.generate({.prompt = prompt, .max_tokens = 9}, {}, {}, result).ok());
+      CHECK(result.tokens == expected_tokens(prompt, 9));
+      CHECK(result.finish == FinishReason::kLength);
+    }
+    CHECK(toy.link.opened == 1);
+  }
+}
+
+TEST_CASE("a shared prefix is not sent again") {
+  Toy toy;
+  const auto prompt = random_prompt(30);
+  toy.run(prompt, 3);
+  CHECK(toy.link.rows_sent == 30 + 2);  // the last token chosen is never sent
+
+  toy.link.rows_sent = 0;
+  const GenerateResult again = toy.run(prompt, 1);
+  CHECK(toy.link.rows_sent == 1);  // its output is what is asked for
+  CHECK(again.cached_rows == 29);
+}
+
+TEST_CASE("generation ends at an end token, by the caller, or at the end of the context") {
+  Toy toy;
+  const auto prompt = random_prompt(10);
+  const auto tokens = expected_tokens(prompt, 6);
+
+  GenerateResult result;
+  REQUIRE(
+      toy.pipeline
+          .generate({.prompt = prompt, .max_tokens = 50, .end_tokens = {tokens[4]}}, {}, {}, result)
+          .ok());
+  CHECK(result.finish == FinishReason::kEndToken);
+  CHECK(result.tokens.back() == tokens[4]);
+  CHECK(result.tokens.size() <= 5);
+
+  REQUIRE(toy.pipeline
+              .generate(
+                  {.prompt = prompt, .max_tokens = 50},
+                  [n = 0](std::int32_t) mutable { return ++n < 3; }, {}, result)
+              .ok());
+  CHECK(result.finish == FinishReason::kCaller);
+  CHECK(result.tokens == expected_tokens(prompt, 3));
+
+  REQUIRE(toy.pipeline.generate({.prompt = prompt, .max_tokens = 500}, {}, {}, result).ok());
+  CHECK(result.finish == FinishReason::kLength);
+  CHECK(result.tokens.size() == toy.link.context - prompt.size() + 1);
+}
+
+TEST_CASE("positions given to the sampler count from the prompt's start") {
+  Toy toy;
+  toy.run(random_prompt(7), 3);
+  CHECK(toy.backend.positions == std::vector<std::uint64_t>{7, 8, 9});
+}
+
+TEST_CASE("prompts that cannot be run are refused and leave the pipeline usable") {
+  Toy toy;
+  GenerateResult result;
+  const auto refused = [&](GenerateRequest request) {
+    return absl::IsInvalidArgument(toy.pipeline.generate(request, {}, {}, result));
+  };
+  CHECK(refused({}));
+  CHECK(refused({.prompt = random_prompt(64)}));
+  CHECK(refused({.prompt = {1, kVocab}}));
+  CHECK(refused({.prompt = {1}, .sampling = {.temperature = -1}}));
+  const auto prompt = random_prompt(63);
+  CHECK(toy.run(prompt, 5).tokens == expected_tokens(prompt, 2));
+}
+
+TEST_CASE("an error of the link keeps the tokens so far, and the next call opens a new session") {
+  Toy toy;
+  const auto prompt = random_prompt(10);
+  GenerateResult result;
+  const auto on_token = [&, n = 0](std::int32_t) mutable {
+    if (++n == 4) toy.link.fail_next = absl::UnavailableError("gone");
+    return true;
+  };
+  CHECK(absl::IsUnavailable(
+      toy.pipeline.generate({.prompt = prompt, .max_tokens = 9}, on_token, {}, result)));
+  CHECK(result.tokens == expected_tokens(prompt, 4));
+  CHECK(toy.run(prompt, 9).tokens == expected_tokens(prompt, 9));
+  CHECK(toy.link.opened == 2);
+}
+
+TEST_CASE("an answer that does not fit the question is refused") {
+  for (auto tamper :
+       {+[](StepReply& reply) { reply.rows = 2; }, +[](StepReply& reply) { reply.rows = 0; },
+        +[](StepReply& reply) { ++reply.kv_len; }}) {
+    Toy toy;
+    toy.link.tamper = tamper;
+    GenerateResult result;
+    CHECK(absl::IsDataLoss(
+        toy.pipeline.generate({.prompt = {1, 2}, .max_tokens = 2}, {}, {}, result)));
+  }
+}
+
+TEST_CASE("a stop request ends the generation between steps and inside one") {
+  Toy toy;
+  const auto prompt = random_prompt(10);
+  std::stop_source stop;
+  GenerateResult result;
+  const auto on_token = [&](std::int32_t) { return stop.request_stop(); };
+  CHECK(absl::IsCancelled(toy.pipeline.generate({.prompt = prompt, .max_tokens = 9}, on_token,
+                                                stop.get_token(), result)));
+  CHECK(result.tokens == expected_tokens(prompt, 1));
+
+  std::stop_source inside;
+  toy.link.before_step = [&] { inside.request_stop(); };
+  CHECK(absl::IsCancelled(toy.pipeline.generate({.prompt = random_prompt(3), .max_tokens = 9}, {},
+                                                inside.get_token(), result)));
+  toy.link.before_step = nullptr;
+  CHECK(toy.run(prompt, 9).tokens == expected_tokens(prompt, 9));
+}
+
+TEST_CASE("every token has a timing, the first holds the prefill") {
+  Toy toy;
+  const GenerateResult result = toy.run(random_prompt(12), 4);
+  REQUIRE(result.timings.size() == 4);
+  CHECK(result.timings[0].phases.network_ms == 3);  // 12 rows in chunks of 5
+  for (std::size_t i = 1; i < 4; ++i) {
+    CHECK(result.timings[i].phases.sum() == 3);  // one of each: embed, network, sample
+    CHECK(result.timings[i].total_ms >= 0);
+  }
+  CHECK(result.ttft_ms > 0);
+  CHECK(result.e2el_ms >= result.ttft_ms);
+}
+
+}  // namespace infemeral

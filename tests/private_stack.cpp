@@ -1,0 +1,26 @@
+#include "tests/private_stack.h"
+
+#include <catch2/catch.hpp>
+
+#include "cpu/client_backend.h"
+
+namespace infemeral {
+
+PrivateStack::PrivateStack(const std::filesystem::path& prepared, int threads) {
+  auto folder = ClientFolder::open(prepared / "client");
+  INFO(folder.status().ToString());
+  REQUIRE(folder.ok());
+  manifest = folder->manifest;
+  auto opened = make_cpu_client_backend(*std::move(folder), {.threads = threads});
+  INFO(opened.status().ToString());
+  REQUIRE(opened.ok());
+  backend = *std::move(opened);
+  auto connected =
+      connect({.body_folder = prepared / "body", .threads = threads}, manifest, std::stop_token{});
+  INFO(connected.status().ToString());
+  REQUIRE(connected.ok());
+  connection = *std::move(connected);
+  link = connection.link.get();
+}
+
+}  // namespace infemeral

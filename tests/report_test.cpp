@@ -1,0 +1,80 @@
+#include "engine/report.h"
+
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <random>
+
+namespace infemeral {
+
+TEST_CASE("summaries equal numpy's") {
+  // numpy.percentile([3, 1, 4, 1, 5, 9, 2, 6], [50, 90, 95, 99]), mean, std
+  const std::vector<double> samples = {3, 1, 4, 1, 5, 9, 2, 6};
+  const Summary s = summarize(samples);
+  CHECK(s.count == 8);
+  CHECK(s.mean == Approx(3.875));
+  CHECK(s.std == Approx(2.5708704751503917));
+  CHECK(s.median == Approx(3.5));
+  CHECK(s.p90 == Approx(6.9));
+  CHECK(s.p95 == Approx(7.95));
+  CHECK(s.p99 == Approx(8.79));
+  CHECK(s.max == 9);
+  CHECK(summarize({}).mean == 0);
+  const std::vector<double> one = {2.5};
+  CHECK(summarize(one).p99 == 2.5);
+}
+
+TEST_CASE("a report holds the run's numbers and nothing that is not finite") {
+  GenerateResult result;
+  result.tokens = {11, 12, 13};
+  for (double total : {100.0, 10.0, 20.0}) {
+    TokenTiming timing;
+    timing.phases.body_ms = 0.75 * total;
+    timing.phases.network_ms = 0.125 * total;
+    timing.total_ms = total;
+    result.timings.push_back(timing);
+  }
+  result.ttft_ms = 100;
+  result.e2el_ms = 130;
+  result.cached_rows = 2;
+
+  ReportBuilder builder;
+  builder.add(result, 7, false);
+  builder.add({}, 5, true);
+  const RunDescription run{.tool = "test", .model_type = "llama", .hidden_size = 8, .wire = "f16"};
+  const std::string text = builder.json(run, {.bytes_up = 123}, {.weights_bytes = 4}, 260, true);
+  const auto json = nlohmann::json::parse(text);
+  CHECK(json["schema_version"] == 1);
+  CHECK(json["requests"]["completed"] == 1);
+  CHECK(json["requests"]["failed"] == 1);
+  CHECK(json["tokens"]["prompt"] == 12);
+  CHECK(json["tokens"]["prompt_cached"] == 2);
+  CHECK(json["tokens"]["output"] == 3);
+  CHECK(json["mean_ttft_ms"] == Approx(100));
+  CHECK(json["mean_tpot_ms"] == Approx(15));
+  CHECK(json["p50_itl_ms"] == Approx(15));
+  CHECK(json["p99_e2el_ms"] == Approx(130));
+  CHECK(json["output_throughput"] == Approx(3 / 0.26));
+  CHECK(json["phases"]["decode"]["body"]["mean_ms"] == Approx(11.25));
+  CHECK(json["phases"]["decode"]["explained_share"] == Approx(0.875));
+  CHECK(json["wire"]["bytes_up"] == 123);
+  CHECK(json["memory"]["peak_rss_bytes"] > 0);
+  CHECK(json["samples"].size() == 2);
+  CHECK(json["samples"][0]["tokens_ms"][1]["body"] == Approx(7.5));
+  CHECK(text.find("null") == std::string::npos);  // how JSON would show NaN
+
+  const std::string empty = ReportBuilder().json(run, {}, {}, 0, false);
+  CHECK(empty.find("null") == std::string::npos);
+  CHECK(nlohmann::json::parse(empty)["mean_ttft_ms"] == 0);
+}
+
+TEST_CASE("the phase table names every phase and the share that they explain") {
+  ReportBuilder builder;
+  const std::string table = builder.phase_table();
+  for (const char* name : {"embed", "cloak", "encode", "encrypt", "network", "body", "decrypt",
+                           "decode", "uncloak", "de_embed", "sample", "explained", "total"}) {
+    CHECK(table.find(name) != std::string::npos);
+  }
+}
+
+}  // namespace infemeral

@@ -1,0 +1,24 @@
+// The one place that knows which backends this build has.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/backend.h"
+#include "engine/client_folder.h"
+#include "engine/log.h"
+
+namespace infemeral {
+
+struct BackendOptions {
+  std::string name = "auto";  // "auto", "cpu" or "cuda"
+  int threads = 0;            // of the CPU backend; 0: one for each physical core
+};
+
+// InvalidArgument for a name that does not exist; Unimplemented for one that this build lacks.
+absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
+                                                            const BackendOptions& options,
+                                                            const LogSink& log);
+
+}  // namespace infemeral

@@ -1,0 +1,274 @@
+#include "tools/batch.h"
+
+#include <cmath>
+#include <ctime>
+#include <limits>
+#include <nlohmann/json.hpp>
+
+#include "engine/json_file.h"
+#include "engine/text.h"
+
+namespace infemeral {
+namespace {
+
+using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;
+
+constexpr std::size_t kMaxInputBytes = std::size_t{1} << 30;
+
+absl::Status bad_field(std::string_view name, std::string_view wanted) {
+  return absl::InvalidArgumentError(cat("field ", quoted(name), " must be ", wanted));
+}
+
+absl::Status read_number(const Json& value, std::string_view name, std::optional<float>& out) {
+  if (!value.is_number()) return bad_field(name, "a number");
+  out = value.get<float>();
+  return absl::OkStatus();
+}
+
+template <typename Integer>
+absl::Status read_integer(const Json& value, std::string_view name, std::optional<Integer>& out) {
+  if (!value.is_number_unsigned() ||
+      value.get<std::uint64_t>() >
+          static_cast<std::uint64_t>(std::numeric_limits<Integer>::max())) {
+    return bad_field(name, "a whole number that is not negative");
+  }
+  out = value.get<Integer>();
+  return absl::OkStatus();
+}
+
+absl::Status read_stop(const Json& value, std::vector<std::string>& out) {
+  const Json list = value.is_array() ? value : Json::array({value});
+  for (const Json& stop : list) {
+    if (!stop.is_string() || stop.get_ref<const std::string&>().empty()) {
+      return bad_field("stop", "a string or a list of strings, none empty");
+    }
+    out.push_back(stop.get<std::string>());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status read_messages(const Json& value, std::vector<ChatMessage>& out) {
+  if (!value.is_array() || value.empty()) return bad_field("messages", "a list with a message");
+  for (const Json& message : value) {
+    if (!message.is_object() || !message.contains("role") || !message.contains("content") ||
+        !message["role"].is_string() || !message["content"].is_string() || message.size() != 2) {
+      return bad_field("messages",
+                       "objects with the strings \"role\" and \"content\", nothing else");
+    }
+    out.push_back({message["role"].get<std::string>(), message["content"].get<std::string>()});
+  }
+  return absl::OkStatus();
+}
+
+// Fields of the OpenAI API that change nothing at the value given here.
+bool is_neutral(const std::string& name, const Json& value) {
+  if (value.is_null()) return true;
+  if (name == "model" || name == "user" || name == "metadata" || name == "store") return true;
+  if (name == "n" || name == "best_of") return value == 1;
+  if (name == "stream" || name == "logprobs" || name == "echo") return value == false;
+  if (name == "presence_penalty" || name == "frequency_penalty") return value == 0;
+  if (name == "response_format") return value == Json{{"type", "text"}};
+  return false;
+}
+
+absl::Status read_body(const Json& body, bool openai, BatchItem& item) {
+  bool has_prompt = false;
+  for (const auto& [name, value] : body.items()) {
+    absl::Status status;
+    ItemOptions& options = item.options;
+    if (name == "prompt") {
+      if (!value.is_string()) return bad_field(name, "a string");
+      item.prompt = value.get<std::string>();
+      has_prompt = true;
+    } else if (name == "messages") {
+      status = read_messages(value, item.messages);
+    } else if (name == "max_tokens" || name == "max_completion_tokens") {
+      status = read_integer(value, name, options.max_tokens);
+    } else if (name == "temperature") {
+      status = read_number(value, name, options.temperature);
+    } else if (name == "top_p") {
+      status = read_number(value, name, options.top_p);
+    } else if (name == "min_p") {
+      status = read_number(value, name, options.min_p);
+    } else if (name == "top_k") {
+      status = read_integer(value, name, options.top_k);
+    } else if (name == "repetition_penalty") {
+      status = read_number(value, name, options.repetition_penalty);
+    } else if (name == "seed") {
+      status = read_integer(value, name, options.seed);
+    } else if (name == "stop") {
+      if (!value.is_null()) status = read_stop(value, options.stop);
+    } else if (!openai && name == "id") {
+      if (!value.is_string()) return bad_field(name, "a string");
+      item.id = value.get<std::string>();
+    } else if (!openai || !is_neutral(name, value)) {
+      return absl::InvalidArgumentError(
+          cat("field ", quoted(name), openai ? " is not supported at this value" : " is unknown"));
+    }
+    if (!status.ok()) return status;
+  }
+  if (has_prompt == !item.messages.empty()) {
+    return absl::InvalidArgumentError("an item needs one of \"prompt\" and \"messages\"");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status read_openai(const Json& line, BatchItem& item) {
+  for (const auto& [name, value] : line.items()) {
+    if (name != "custom_id" && name != "method" && name != "url" && name != "body") {
+      return absl::InvalidArgumentError(cat("field ", quoted(name), " is unknown"));
+    }
+  }
+  if (!line["custom_id"].is_string()) return bad_field("custom_id", "a string");
+  item.id = line["custom_id"].get<std::string>();
+  if (line.value("method", Json("POST")) != "POST") return bad_field("method", "\"POST\"");
+  const Json url = line.value("url", Json());
+  if (url == "/v1/chat/completions") {
+    item.kind = BatchItem::Kind::kOpenAiChat;
+  } else if (url == "/v1/completions") {
+    item.kind = BatchItem::Kind::kOpenAiCompletion;
+  } else {
+    return bad_field("url", "\"/v1/chat/completions\" or \"/v1/completions\"");
+  }
+  const auto body = line.find("body");
+  if (body == line.end() || !body->is_object()) return bad_field("body", "an object");
+  if (auto status = read_body(*body, /*openai=*/true, item); !status.ok()) return status;
+  if ((item.kind == BatchItem::Kind::kOpenAiChat) != !item.messages.empty()) {
+    return absl::InvalidArgumentError(
+        "\"url\" and \"body\" do not fit: chat takes \"messages\", completions take \"prompt\"");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status read_json_item(std::string_view text, BatchItem& item) {
+  auto line = parse_json(text, "the line");
+  // Not the parser's own words: they quote the line, and a prompt must not reach a log.
+  if (!line.ok()) return absl::InvalidArgumentError("the line is not valid JSON");
+  if (!line->is_object()) return absl::InvalidArgumentError("the line is not a JSON object");
+  if (line->contains("custom_id")) {
+    item.kind = BatchItem::Kind::kOpenAiChat;  // until the URL says otherwise
+    return read_openai(*line, item);
+  }
+  return read_body(*line, /*openai=*/false, item);
+}
+
+const char* error_code(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kInvalidArgument:
+      return "invalid_request";
+    case absl::StatusCode::kUnimplemented:
+      return "unsupported";
+    case absl::StatusCode::kResourceExhausted:
+      return "resource_exhausted";
+    case absl::StatusCode::kDataLoss:
+      return "damaged_data";
+    default:
+      return "engine_error";
+  }
+}
+
+const char* finish_reason(const TextResult& result) {
+  return result.stopped ? "stop" : "length";
+}
+
+// Generated text is UTF-8 already; prompts and ids may be anything.
+std::string dump(const OrderedJson& json) {
+  return json.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+}
+
+std::string openai_line(const BatchItem& item, std::string_view model, std::size_t prompt_tokens,
+                        const TextResult& result, const absl::Status& status) {
+  const std::string number = cat(item.index);
+  OrderedJson line = {{"id", "batch_req_" + number}, {"custom_id", item.id}};
+  if (!status.ok()) {
+    line["response"] = nullptr;
+    line["error"] = {{"code", error_code(status)}, {"message", std::string(status.message())}};
+    return dump(line);
+  }
+  const bool chat = item.kind == BatchItem::Kind::kOpenAiChat;
+  OrderedJson choice = {{"index", 0}};
+  if (chat) {
+    choice["message"] = {{"role", "assistant"}, {"content", result.text}};
+  } else {
+    choice["text"] = result.text;
+  }
+  choice["logprobs"] = nullptr;
+  choice["finish_reason"] = finish_reason(result);
+  const std::size_t output_tokens = result.generation.tokens.size();
+  line["response"] = {{"status_code", 200},
+                      {"request_id", "req_" + number},
+                      {"body",
+                       {{"id", (chat ? "chatcmpl-" : "cmpl-") + number},
+                        {"object", chat ? "chat.completion" : "text_completion"},
+                        {"created", static_cast<std::int64_t>(std::time(nullptr))},
+                        {"model", std::string(model)},
+                        {"choices", OrderedJson::array({choice})},
+                        {"usage",
+                         {{"prompt_tokens", prompt_tokens},
+                          {"completion_tokens", output_tokens},
+                          {"total_tokens", prompt_tokens + output_tokens}}}}}};
+  line["error"] = nullptr;
+  return dump(line);
+}
+
+}  // namespace
+
+std::vector<BatchItem> parse_batch(std::string_view text, std::string_view name) {
+  std::vector<BatchItem> items;
+  std::optional<bool> json_lines;
+  if (name.ends_with(".jsonl")) json_lines = true;
+  while (!text.empty()) {
+    const std::size_t end = std::min(text.find('\n'), text.size());
+    std::string_view line = text.substr(0, end);
+    text.remove_prefix(std::min(end + 1, text.size()));
+    if (line.ends_with('\r')) line.remove_suffix(1);
+    if (line.find_first_not_of(" \t") == line.npos) continue;
+    // A text file may well hold a prompt that starts with a brace, so the first line decides.
+    if (!json_lines) {
+      const Json first = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+      json_lines = first.is_object() && (first.contains("prompt") || first.contains("messages") ||
+                                         first.contains("custom_id"));
+    }
+    BatchItem item;
+    item.index = items.size();
+    if (*json_lines) {
+      item.status = read_json_item(line, item);
+    } else {
+      item.prompt = line;
+    }
+    items.push_back(std::move(item));
+  }
+  return items;
+}
+
+absl::StatusOr<std::vector<BatchItem>> read_batch(const std::string& file) {
+  auto text = read_text_file(file == "-" ? "/dev/stdin" : file, kMaxInputBytes);
+  if (!text.ok()) return text.status();
+  std::vector<BatchItem> items = parse_batch(*text, file);
+  if (items.empty()) return absl::InvalidArgumentError(cat(file, " holds no prompt"));
+  return items;
+}
+
+std::string result_line(const BatchItem& item, std::string_view model, std::size_t prompt_tokens,
+                        const TextResult& result, const absl::Status& status) {
+  if (item.kind != BatchItem::Kind::kPlain) {
+    return openai_line(item, model, prompt_tokens, result, status);
+  }
+  OrderedJson line = {{"index", item.index}};
+  if (!item.id.empty()) line["id"] = item.id;
+  if (item.messages.empty()) line["prompt"] = item.prompt;
+  if (!status.ok()) {
+    line["error"] = {{"code", error_code(status)}, {"message", std::string(status.message())}};
+    return dump(line);
+  }
+  line["text"] = result.text;
+  line["finish_reason"] = finish_reason(result);
+  line["prompt_tokens"] = prompt_tokens;
+  line["output_tokens"] = result.generation.tokens.size();
+  line["ttft_ms"] = std::round(result.generation.ttft_ms * 1e3) / 1e3;
+  line["e2el_ms"] = std::round(result.generation.e2el_ms * 1e3) / 1e3;
+  return dump(line);
+}
+
+}  // namespace infemeral

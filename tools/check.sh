@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Builds and runs every test: release build with the demo model and the Python peers, then
+# AddressSanitizer and UndefinedBehaviorSanitizer with the fuzzers, then ThreadSanitizer over the
+# network. Installs what it needs on a fresh Debian 12.
+#   --quick   the release build's tests only
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+quick=
+case "${1:-}" in
+  "") ;;
+  --quick) quick=1 ;;
+  -h | --help)
+    sed -n '2,5s/^# //p' "$0"
+    exit 0
+    ;;
+  *)
+    echo "usage: $0 [--quick]" >&2
+    exit 2
+    ;;
+esac
+
+started=$SECONDS
+step() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - started)); }
+fuzz_seconds=60
+
+step "packages"
+./tools/install_deps.sh --tests
+
+step "format"
+git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format-14 --dry-run --Werror
+
+step "release: build"
+python=$PWD/.venv/bin/python
+cmake --preset release -DINFEMERAL_TEST_PYTHON="$python"
+cmake --build build/release
+
+step "demo model"
+"$python" tools/demo_model.py --output demo/SmolLM2-135M-Instruct
+for dtype in f32 f16; do
+  [ -e "demo/prepared-$dtype/body/infemeral.json" ] ||
+    build/release/tools/engine_prep --model demo/SmolLM2-135M-Instruct \
+      --output "demo/prepared-$dtype" --body-dtype "$dtype" --force
+done
+export INFEMERAL_DEMO_F32=$PWD/demo/prepared-f32
+export INFEMERAL_DEMO_TOKENIZER=$PWD/demo/SmolLM2-135M-Instruct/tokenizer.json
+
+step "release: tests"
+ctest --test-dir build/release --output-on-failure
+step "teacher-forced agreement"
+for dtype in f32 f16; do
+  build/release/tests/agreement "demo/prepared-$dtype" tests/golden/smollm2_teacher.json
+done
+[ -z "$quick" ] || exit 0
+
+step "address and undefined-behaviour sanitizer: build"
+cmake --preset asan -DINFEMERAL_TEST_PYTHON="$python"
+cmake --build build/asan
+step "address and undefined-behaviour sanitizer: tests"
+ctest --test-dir build/asan --output-on-failure
+
+step "fuzzers, $fuzz_seconds s each"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+fuzzers=(safetensors tokenizer_json frames handshake)
+fuzz() {
+  local name=$1
+  mkdir -p "$scratch/$name"
+  # New inputs go to the scratch folder; the committed corpus is only read.
+  if "build/asan/tests/fuzz/fuzz_$name" -max_total_time="$fuzz_seconds" -timeout=20 \
+       -rss_limit_mb=4096 -artifact_prefix="$scratch/" "$scratch/$name" \
+       "tests/fuzz/corpus/$name" >"$scratch/$name.log" 2>&1; then
+    echo "fuzz_$name: $(grep '^Done' "$scratch/$name.log")"
+  else
+    cat "$scratch/$name.log"
+    return 1
+  fi
+}
+for ((i = 0; i < ${#fuzzers[@]}; i += 2)); do  # two at a time
+  fuzz "${fuzzers[i]}" & first=$!
+  fuzz "${fuzzers[i + 1]}" & second=$!
+  wait "$first"
+  wait "$second"
+done
+
+step "thread sanitizer: build"
+network_tests=(link noise codec private_generation privacy)
+cmake --preset tsan
+cmake --build build/tsan --target "${network_tests[@]/%/_test}"
+step "thread sanitizer: network tests"
+ctest --test-dir build/tsan --output-on-failure \
+  -R "^($(IFS='|'; echo "${network_tests[*]}"))\$"
+
+step "all checks passed"

@@ -1,0 +1,82 @@
+#include "tools/result_writer.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "engine/json_file.h"
+#include "engine/text.h"
+
+namespace infemeral {
+
+absl::StatusOr<std::unique_ptr<ResultWriter>> ResultWriter::open(
+    const ResultWriterOptions& options) {
+  std::unique_ptr<ResultWriter> writer(new ResultWriter);
+  writer->show_text_ = options.stream_text || options.file.empty();
+  if (options.file.empty()) return writer;
+  writer->name_ = options.file;
+  if (options.file == "-") {
+    if (options.stream_text) {
+      return absl::InvalidArgumentError("--stream and --output - would both write to stdout");
+    }
+    writer->name_ = "stdout";
+    writer->lines_ = stdout;
+    return writer;
+  }
+  const int flags = O_WRONLY | O_CREAT | O_CLOEXEC | (options.overwrite ? O_TRUNC : O_EXCL);
+  const int fd = ::open(options.file.c_str(), flags, 0644);
+  if (fd < 0 && errno == EEXIST) {
+    return absl::AlreadyExistsError(
+        cat(options.file, " exists; choose another --output or give --overwrite"));
+  }
+  if (fd < 0) return errno_status(errno, "cannot write", options.file);
+  writer->lines_ = ::fdopen(fd, "w");
+  writer->owns_lines_ = true;
+  return writer;
+}
+
+ResultWriter::~ResultWriter() {
+  if (owns_lines_ && lines_ != nullptr) std::fclose(lines_);
+}
+
+bool ResultWriter::text_on_terminal() const {
+  return show_text_ && ::isatty(STDOUT_FILENO) != 0;
+}
+
+void ResultWriter::text(std::string_view piece) {
+  if (!show_text_) return;
+  std::fwrite(piece.data(), 1, piece.size(), stdout);
+  std::fflush(stdout);  // a failure stays in the stream's error flag until result()
+}
+
+absl::Status ResultWriter::check(std::FILE* file, std::string_view name) const {
+  if (std::fflush(file) != 0 || std::ferror(file) != 0) {
+    return errno_status(errno != 0 ? errno : EIO, "cannot write to", std::string(name));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ResultWriter::result(std::string_view line, bool ok) {
+  if (show_text_ && ok) std::fputc('\n', stdout);
+  if (show_text_) {
+    if (auto status = check(stdout, "stdout"); !status.ok()) return status;
+  }
+  if (lines_ == nullptr) return absl::OkStatus();
+  std::fwrite(line.data(), 1, line.size(), lines_);
+  std::fputc('\n', lines_);
+  return check(lines_, name_);
+}
+
+absl::Status ResultWriter::finish() {
+  if (lines_ == nullptr) return absl::OkStatus();
+  if (auto status = check(lines_, name_); !status.ok() || !owns_lines_) return status;
+  const bool failed = ::fsync(::fileno(lines_)) != 0 && errno != EINVAL;
+  const int error = errno;
+  if (std::fclose(std::exchange(lines_, nullptr)) != 0 || failed) {
+    return errno_status(error, "cannot write to", name_);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace infemeral

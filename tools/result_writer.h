@@ -1,0 +1,47 @@
+// Where engine_run's results go: JSON lines to a file or stdout, text to stdout, or both.
+#pragma once
+
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace infemeral {
+
+struct ResultWriterOptions {
+  std::string file;          // result lines; "-" is stdout; empty: text on stdout instead
+  bool overwrite = false;    // an existing file is an error otherwise
+  bool stream_text = false;  // text on stdout beside a file
+};
+
+class ResultWriter {
+ public:
+  // AlreadyExists rather than losing an older run's results; InvalidArgument when text and lines
+  // would both go to stdout; the system's reason when the file cannot be written.
+  static absl::StatusOr<std::unique_ptr<ResultWriter>> open(const ResultWriterOptions& options);
+  ~ResultWriter();
+  ResultWriter(const ResultWriter&) = delete;
+  ResultWriter& operator=(const ResultWriter&) = delete;
+
+  bool text_on_terminal() const;
+
+  // A piece of generated text, shown at once.
+  void text(std::string_view piece);
+  // The end of an item: its line is written and flushed, so that a killed run keeps it.
+  absl::Status result(std::string_view line, bool ok);
+  absl::Status finish();
+
+ private:
+  ResultWriter() = default;
+  absl::Status check(std::FILE* file, std::string_view name) const;
+
+  std::string name_;
+  std::FILE* lines_ = nullptr;  // null: text only
+  bool owns_lines_ = false;
+  bool show_text_ = false;
+};
+
+}  // namespace infemeral
