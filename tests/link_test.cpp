@@ -451,7 +451,7 @@ TEST_CASE("a server that accepts and says nothing") {
     const auto start = std::chrono::steady_clock::now();
     check_says(connect_link(rig.options).status(), absl::StatusCode::kDeadlineExceeded, "300 ms");
     const auto elapsed = std::chrono::steady_clock::now() - start;
-    CHECK(elapsed >= milliseconds(300));
+    CHECK(elapsed >= milliseconds(299));
     CHECK(elapsed < milliseconds(3000));
   }
   SECTION("the stop token ends the attempt") {
@@ -606,7 +606,8 @@ TEST_CASE("many clients with many sessions at once get their own answers") {
     links.push_back(rig.connect());
     for (int j = 0; j < kSessions; ++j) talks[i].emplace_back(*links[i], 96, kDtypes[(i + j) % 3]);
   }
-  std::atomic<int> wrong = 0;
+  std::mutex mutex;
+  std::vector<std::string> errors;
   std::vector<std::thread> threads;
   for (int i = 0; i < kClients; ++i) {
     threads.emplace_back([&, i] {
@@ -615,12 +616,14 @@ TEST_CASE("many clients with many sessions at once get their own answers") {
         Talk& talk = talks[i][rng() % kSessions];
         const auto start = static_cast<std::uint32_t>(rng() % (talk.rows.size() + 1));
         const auto status = talk.step(start, 1 + rng() % 20, kWanted[rng() % 3]);
-        if (!status.ok()) ++wrong;
+        if (status.ok()) continue;
+        const std::lock_guard lock(mutex);
+        errors.push_back(status.ToString());
       }
     });
   }
   for (std::thread& thread : threads) thread.join();
-  CHECK(wrong == 0);
+  CHECK(errors == std::vector<std::string>{});
   CHECK(!rig.body.overlapped);
   CHECK(rig.server->counters().steps == kClients * kSteps);
   CHECK(rig.server->counters().open_sessions == kClients * kSessions);
