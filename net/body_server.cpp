@@ -103,6 +103,7 @@ class GrpcBodyServer : public BodyServer {
                                 .open_sessions = state_->sessions};
     const std::lock_guard lock(state_->mutex);
     counters.open_connections = static_cast<std::uint32_t>(state_->open.size());
+    if (state_->scheduler) counters.waiting_steps = state_->scheduler->waiting();
     return counters;
   }
 
@@ -119,12 +120,14 @@ class GrpcBodyServer : public BodyServer {
     for (const auto& connection : open) connection->drain();
     open.clear();
     server_->Shutdown(std::chrono::system_clock::now() + grace);
+    std::unique_ptr<Scheduler> scheduler;
     {
       std::unique_lock lock(state_->mutex);
       state_->changed.wait(lock, [&] { return state_->open.empty(); });
+      scheduler = std::move(state_->scheduler);
     }
     server_.reset();
-    state_->scheduler.reset();
+    scheduler.reset();
     state_->watchdog.reset();
   }
 

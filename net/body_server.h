@@ -35,6 +35,7 @@ struct BodyServerCounters {
   std::uint64_t steps = 0;        // run by the body
   std::uint32_t open_connections = 0;
   std::uint32_t open_sessions = 0;
+  std::uint32_t waiting_steps = 0;  // queued behind the run in progress
 };
 
 // One thread of its own calls Body::run(); everything else happens on gRPC's threads, so that an

@@ -118,6 +118,7 @@ class ClientLink : public Link {
  public:
   explicit ClientLink(const ClientLinkOptions& options)
       : options_(options),
+        own_name_(format_public_key(options.identity->public_key())),
         channel_(make_channel(options.server)),
         stub_(v1::SplitInference::NewStub(channel_)) {}
 
@@ -155,6 +156,7 @@ class ClientLink : public Link {
   void hang_up();
 
   const ClientLinkOptions options_;  // its identity is not used after connect()
+  const std::string own_name_;
   const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<v1::SplitInference::Stub> stub_;
   Watchdog watchdog_;
@@ -262,9 +264,8 @@ absl::Status ClientLink::explain(const grpc::Status& status, bool connecting) co
           " does not hold the pinned server key; check --server-key against the public key "
           "that the server prints"));
     case grpc::StatusCode::PERMISSION_DENIED:
-      return absl::PermissionDeniedError(
-          absl::StrCat(server, " does not know this client; add ",
-                       format_public_key(options_.identity->public_key()), " to its allow list"));
+      return absl::PermissionDeniedError(absl::StrCat(server, " does not know this client; add ",
+                                                      own_name_, " to its allow list"));
     case grpc::StatusCode::UNIMPLEMENTED:
       return absl::FailedPreconditionError(absl::StrCat(
           server, " is a gRPC server but not an Infemeral one, or not of this version"));
@@ -412,6 +413,12 @@ absl::Status ClientLink::check_step(const StepRequest& request) const {
   if (request.rows < 1 || request.rows > found->second.max_rows) {
     return absl::InvalidArgumentError(absl::StrCat(
         "a step of ", request.rows, " rows; the server takes 1 to ", found->second.max_rows));
+  }
+  const std::uint32_t max_context = found->second.max_context;
+  if (request.rows > max_context || request.start_pos > max_context - request.rows) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        request.rows, " rows from position ", request.start_pos,
+        " do not fit the server's context of ", max_context, "; shorten the prompt or the answer"));
   }
   const std::size_t expected = request.rows * wire_row_bytes(request.dtype, options_.hidden_size);
   if (request.tensor.size() != expected) {

@@ -105,7 +105,6 @@ void Connection::OnReadDone(bool ok) {
   bool greeted = false;
   {
     const std::lock_guard lock(mutex_);
-    reading_ = false;
     if (!ok) {
       // The client has nothing more to say, or is gone; what it asked for is still answered.
       end(grpc::Status::OK, false);
@@ -120,6 +119,7 @@ void Connection::OnReadDone(bool ok) {
     return;
   }
   const std::lock_guard lock(mutex_);
+  reading_ = false;
   read_more();
 }
 

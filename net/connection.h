@@ -108,7 +108,7 @@ class Connection : public grpc::ServerBidiReactor<v1::Envelope, v1::Envelope>,
   std::unique_ptr<FrameSealer> sealer_;
   std::deque<v1::Envelope> outgoing_;  // the first one is being written while writing_
   bool writing_ = false;
-  bool reading_ = false;
+  bool reading_ = false;       // from StartRead until its message has been dealt with
   std::uint32_t pending_ = 0;  // requests that have no answer in outgoing_ yet
   std::optional<grpc::Status> ending_;
   bool finished_ = false;

@@ -40,6 +40,11 @@ void Scheduler::submit(StepJob job) {
   changed_.notify_one();
 }
 
+std::uint32_t Scheduler::waiting() const {
+  const std::lock_guard lock(mutex_);
+  return static_cast<std::uint32_t>(waiting_.size());
+}
+
 // Of every session its oldest waiting step: a run must not hold two of one session.
 std::vector<StepJob> Scheduler::take_batch() {
   std::vector<StepJob> batch;
@@ -93,8 +98,6 @@ void Scheduler::run() {
     batch.clear();
     lock.lock();
   }
-  std::deque<StepJob> dropped = std::move(waiting_);
-  lock.unlock();
 }
 
 }  // namespace infemeral

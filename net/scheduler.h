@@ -53,13 +53,14 @@ class Scheduler {
   Scheduler& operator=(const Scheduler&) = delete;
 
   void submit(StepJob job);
+  std::uint32_t waiting() const;  // steps behind the run in progress
 
  private:
   void run();
   std::vector<StepJob> take_batch();
 
   Body& body_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<StepJob> waiting_;
   bool stop_ = false;
