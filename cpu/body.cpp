@@ -10,6 +10,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/body_weights.h"
+#include "cpu/guard.h"
 #include "cpu/kv_cache.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
@@ -66,6 +67,7 @@ class CpuBody final : public Body {
   };
 
   absl::Status prepare(const BodyStep& step, std::span<const BodyStep> earlier);
+  void run_steps(std::span<BodyStep> steps);
   void run_batch();
   void keep_wanted_rows();
   void norm(const Rows& x, const std::vector<float>& gain, const Rows& out);
@@ -142,6 +144,17 @@ absl::Status CpuBody::prepare(const BodyStep& step, std::span<const BodyStep> ea
 }
 
 void CpuBody::run(std::span<BodyStep> steps) {
+  const absl::Status status = guarded([&] {
+    run_steps(steps);
+    return absl::OkStatus();
+  });
+  if (status.ok()) return;
+  parts_.clear();
+  m_ = 0;
+  for (BodyStep& step : steps) step.status = status;
+}
+
+void CpuBody::run_steps(std::span<BodyStep> steps) {
   std::size_t positions = 0;
   for (std::size_t i = 0; i < steps.size(); ++i) {
     steps[i].status = prepare(steps[i], steps.first(i));
@@ -337,10 +350,8 @@ absl::Status read_manifest(const std::filesystem::path& folder, BodyInfo& info) 
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::StatusOr<std::unique_ptr<Body>> load_cpu_body(const std::filesystem::path& folder,
-                                                    const CpuBodyOptions& options) {
+absl::StatusOr<std::unique_ptr<Body>> load(const std::filesystem::path& folder,
+                                           const CpuBodyOptions& options) {
   const auto kernels = simd::choose_kernels();
   if (!kernels.ok()) return kernels.status();
   auto weights = BodyWeights::load(folder);
@@ -363,6 +374,13 @@ absl::StatusOr<std::unique_ptr<Body>> load_cpu_body(const std::filesystem::path&
   if (absl::Status status = read_manifest(folder, info); !status.ok()) return status;
   return std::make_unique<CpuBody>(*std::move(weights), std::move(info), **kernels,
                                    options.threads);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Body>> load_cpu_body(const std::filesystem::path& folder,
+                                                    const CpuBodyOptions& options) {
+  return guarded_or<std::unique_ptr<Body>>([&] { return load(folder, options); });
 }
 
 }  // namespace infemeral

@@ -7,8 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_join.h"
 #include "cpu/cloak_matrix.h"
+#include "cpu/guard.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/dispatch.h"
@@ -24,11 +24,10 @@ constexpr std::size_t kHeadRows = 16;
 
 class CpuClientBackend final : public ClientBackend {
  public:
-  CpuClientBackend(ClientFolder folder, Matrix embed_tokens, Matrix lm_head,
-                   const simd::Kernels& kernels, const CpuOptions& options)
+  CpuClientBackend(ClientFolder folder, const simd::Kernels& kernels, const CpuOptions& options)
       : folder_(std::move(folder)),
-        embed_tokens_(embed_tokens),
-        lm_head_(lm_head),
+        embed_tokens_(table(folder_.embed_tokens)),
+        lm_head_(table(folder_.lm_head)),
         kernels_(kernels),
         pool_(options.threads),
         name_(cat("cpu (", kernels.name, ")")),
@@ -50,6 +49,49 @@ class CpuClientBackend final : public ClientBackend {
 
   absl::Status embed(std::span<const std::int32_t> ids, WireDtype dtype, std::span<std::byte> out,
                      PhaseTimes& times) override {
+    return guarded([&] { return embed_rows(ids, dtype, out, times); });
+  }
+
+  absl::Status next_tokens(std::span<const std::byte> rows, WireDtype dtype,
+                           std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
+                           PhaseTimes& times) override {
+    return guarded([&] { return head_and_sample(rows, dtype, requests, tokens, times); });
+  }
+
+  absl::Status logits(std::span<const std::byte> row, WireDtype dtype,
+                      std::span<float> logits) override {
+    if (row.size() != wire_row_bytes(dtype, hidden_size()) || logits.size() != vocab_size()) {
+      return absl::InvalidArgumentError(
+          cat("logits: one row of ", wire_row_bytes(dtype, hidden_size()), " bytes gives ",
+              vocab_size(), " logits, not ", row.size(), " and ", logits.size()));
+    }
+    PhaseTimes times;
+    return guarded([&] { return head(row, dtype, 1, {logits.data(), vocab_size()}, times); });
+  }
+
+ private:
+  // ClientFolder::open has checked that both tables are V x H and f16.
+  static Matrix table(const TensorView& view) {
+    return {simd::Format::kF16, view.data.data(), view.shape[0], view.shape[1]};
+  }
+  static void grow(std::vector<float>& buffer, std::size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+  }
+  Rows buffer(std::vector<float>& buffer, std::size_t rows) const {
+    grow(buffer, rows * hidden_size());
+    return {buffer.data(), hidden_size()};
+  }
+
+  absl::Status ensure_cloak() {
+    if (cloak_) return absl::OkStatus();
+    absl::StatusOr<Cloak> cloak = folder_.load_cloak();
+    if (!cloak.ok()) return cloak.status();
+    cloak_.emplace(*std::move(cloak));
+    return absl::OkStatus();
+  }
+
+  absl::Status embed_rows(std::span<const std::int32_t> ids, WireDtype dtype,
+                          std::span<std::byte> out, PhaseTimes& times) {
     const std::size_t row_bytes = wire_row_bytes(dtype, hidden_size());
     if (out.size() != ids.size() * row_bytes) {
       return absl::InvalidArgumentError(cat("embed: the output holds ", out.size(), " bytes; ",
@@ -83,9 +125,9 @@ class CpuClientBackend final : public ClientBackend {
     return absl::OkStatus();
   }
 
-  absl::Status next_tokens(std::span<const std::byte> rows, WireDtype dtype,
-                           std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
-                           PhaseTimes& times) override {
+  absl::Status head_and_sample(std::span<const std::byte> rows, WireDtype dtype,
+                               std::span<const SampleRequest> requests,
+                               std::span<std::int32_t> tokens, PhaseTimes& times) {
     const std::size_t row_bytes = wire_row_bytes(dtype, hidden_size());
     if (rows.size() != requests.size() * row_bytes || tokens.size() != requests.size()) {
       return absl::InvalidArgumentError(cat("next_tokens: ", requests.size(), " requests need ",
@@ -112,34 +154,6 @@ class CpuClientBackend final : public ClientBackend {
     return absl::OkStatus();
   }
 
-  absl::Status logits(std::span<const std::byte> row, WireDtype dtype,
-                      std::span<float> logits) override {
-    if (row.size() != wire_row_bytes(dtype, hidden_size()) || logits.size() != vocab_size()) {
-      return absl::InvalidArgumentError(
-          cat("logits: one row of ", wire_row_bytes(dtype, hidden_size()), " bytes gives ",
-              vocab_size(), " logits, not ", row.size(), " and ", logits.size()));
-    }
-    PhaseTimes times;
-    return head(row, dtype, 1, {logits.data(), vocab_size()}, times);
-  }
-
- private:
-  static void grow(std::vector<float>& buffer, std::size_t size) {
-    if (buffer.size() < size) buffer.resize(size);
-  }
-  Rows buffer(std::vector<float>& buffer, std::size_t rows) const {
-    grow(buffer, rows * hidden_size());
-    return {buffer.data(), hidden_size()};
-  }
-
-  absl::Status ensure_cloak() {
-    if (cloak_) return absl::OkStatus();
-    absl::StatusOr<Cloak> cloak = folder_.load_cloak();
-    if (!cloak.ok()) return cloak.status();
-    cloak_.emplace(*std::move(cloak));
-    return absl::OkStatus();
-  }
-
   void multiply(const Matrix& matrix, const Rows& x, std::size_t m, const Rows& out) {
     const Linear product{.weight = &matrix, .out = out};
     linear(kernels_, pool_, {&product, 1}, x, m);
@@ -155,9 +169,8 @@ class CpuClientBackend final : public ClientBackend {
       decode_wire_row(dtype, rows.data() + i * wire_row_bytes(dtype, hidden_size()), row);
       if (!std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) {
         return absl::DataLossError(
-            cat("row ", i,
-                " that the body returned has values that are not finite; the body's "
-                "weights or its arithmetic are damaged"));
+            "the body returned values that are not finite; its weights or its arithmetic are "
+            "damaged");
       }
     }
     clock.lap(times.decode_ms);
@@ -211,27 +224,8 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> make_cpu_client_backend(ClientFol
   const absl::StatusOr<const simd::Kernels*> kernels = simd::choose_kernels();
   if (!kernels.ok()) return kernels.status();
 
-  const std::vector<std::size_t> table = {folder.manifest.vocab_size, folder.manifest.hidden_size};
-  for (const auto& [name, view] : {std::pair{"embed_tokens.weight", &folder.embed_tokens},
-                                   std::pair{"lm_head.weight", &folder.lm_head}}) {
-    if (view->dtype != Dtype::kF16 || view->shape != table) {
-      return absl::FailedPreconditionError(
-          cat(folder.path.string(), ": tensor ", name, " is ", dtype_name(view->dtype), " [",
-              absl::StrJoin(view->shape, ", "), "]; engine.json asks for F16 [",
-              absl::StrJoin(table, ", "), "]"));
-    }
-  }
-  if (folder.final_norm.elements() != folder.manifest.hidden_size) {
-    return absl::FailedPreconditionError(
-        cat(folder.path.string(), ": tensor final_norm.weight has ", folder.final_norm.elements(),
-            " elements; engine.json asks for ", folder.manifest.hidden_size));
-  }
-  const absl::StatusOr<Matrix> embed_tokens = matrix_of(folder.embed_tokens, "embed_tokens.weight");
-  if (!embed_tokens.ok()) return embed_tokens.status();
-  const absl::StatusOr<Matrix> lm_head = matrix_of(folder.lm_head, "lm_head.weight");
-  if (!lm_head.ok()) return lm_head.status();
-  return std::make_unique<CpuClientBackend>(std::move(folder), *embed_tokens, *lm_head, **kernels,
-                                            options);
+  return guarded_or<std::unique_ptr<ClientBackend>>(
+      [&] { return std::make_unique<CpuClientBackend>(std::move(folder), **kernels, options); });
 }
 
 }  // namespace infemeral

@@ -15,8 +15,7 @@ struct CpuOptions {
 };
 
 // Takes over the folder, whose weights stay mapped. The cloak's matrix is loaded or made on first
-// use and kept; its time counts as cloak or uncloak. Errors: those of simd::choose_kernels, and
-// FailedPrecondition for a folder whose tensors do not fit its manifest.
+// use and kept; its time counts as cloak or uncloak. Errors: those of simd::choose_kernels.
 absl::StatusOr<std::unique_ptr<ClientBackend>> make_cpu_client_backend(ClientFolder folder,
                                                                        const CpuOptions& options);
 

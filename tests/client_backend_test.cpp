@@ -1,0 +1,360 @@
+// The CPU client backend against float64 arithmetic on the same tables and the same cloak.
+#include "cpu/client_backend.h"
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/simd/dispatch.h"
+#include "engine/float16.h"
+#include "engine/wire.h"
+#include "tests/tiny_model.h"
+
+namespace infemeral {
+namespace {
+
+constexpr WireDtype kAllWires[] = {WireDtype::kF32, WireDtype::kF16, WireDtype::kI8};
+
+std::mt19937_64& rng() {
+  static std::mt19937_64 generator{std::random_device{}()};
+  return generator;
+}
+
+std::vector<double> random_row(std::size_t n) {
+  std::normal_distribution<double> normal;
+  std::vector<double> x(n);
+  for (double& v : x) v = normal(rng());
+  return x;
+}
+
+double norm(const std::vector<double>& x) {
+  double squares = 0;
+  for (double v : x) squares += v * v;
+  return std::sqrt(squares);
+}
+
+struct Sizes {
+  std::size_t hidden = 96;
+  std::size_t vocab = 301;
+  bool tied = false;
+  CloakMode cloak = CloakMode::kLazy;
+};
+
+// A client folder with random tables, and the numbers in it.
+class Client {
+ public:
+  explicit Client(const Sizes& sizes) : hidden(sizes.hidden), vocab(sizes.vocab) {
+    CloakSeed seed = CloakSeed::random();
+    std::filesystem::create_directories(path());
+    REQUIRE(seed.save(path() / "cloak.key").ok());
+    Cloak cloak = Cloak::generate(seed, hidden).value();
+    q.assign(cloak.values().begin(), cloak.values().end());
+    if (sizes.cloak == CloakMode::kEager) {
+      REQUIRE(cloak.save(path() / "cloak.safetensors", seed).ok());
+    }
+    ClientManifest manifest{.model_type = "llama",
+                            .hidden_size = hidden,
+                            .vocab_size = vocab,
+                            .max_context = 64,
+                            .tied_embeddings = sizes.tied,
+                            .cloak_mode = sizes.cloak,
+                            .cloak_commitment = seed.commitment()};
+    REQUIRE(save_client_manifest(manifest, path()).ok());
+
+    std::normal_distribution<float> normal;
+    for (std::size_t i = 0; i < vocab * hidden; ++i) embed.push_back(f32_to_f16(normal(rng())));
+    for (std::size_t i = 0; i < vocab * hidden; ++i) head.push_back(f32_to_f16(normal(rng())));
+    for (std::size_t i = 0; i < hidden; ++i) gain.push_back(1 + 0.3f * normal(rng()));
+    if (sizes.tied) head = embed;
+    std::vector<SafetensorsWriter::Declaration> tensors = {
+        {"final_norm.weight", Dtype::kF32, {hidden}},
+        {"embed_tokens.weight", Dtype::kF16, {vocab, hidden}}};
+    if (!sizes.tied) tensors.push_back({"lm_head.weight", Dtype::kF16, {vocab, hidden}});
+    auto writer = SafetensorsWriter::create(path() / "client.safetensors", tensors,
+                                            {{"tied_embeddings", sizes.tied ? "true" : "false"}});
+    REQUIRE(writer.ok());
+    REQUIRE((*writer)->write(std::as_bytes(std::span(gain))).ok());
+    REQUIRE((*writer)->write(std::as_bytes(std::span(embed))).ok());
+    if (!sizes.tied) REQUIRE((*writer)->write(std::as_bytes(std::span(head))).ok());
+    REQUIRE((*writer)->finish().ok());
+  }
+
+  std::filesystem::path path() const { return folder_.path() / "client"; }
+
+  std::unique_ptr<ClientBackend> load(int threads = 0) const {
+    auto folder = ClientFolder::open(path());
+    INFO(folder.status().message());
+    REQUIRE(folder.ok());
+    auto backend = make_cpu_client_backend(*std::move(folder), {.threads = threads});
+    REQUIRE(backend.ok());
+    return *std::move(backend);
+  }
+
+  // x * Q and y * Q^T with the float16 matrix, and lm_head * (gain * h).
+  std::vector<double> cloaked(const std::vector<double>& x) const {
+    std::vector<double> y(hidden, 0);
+    for (std::size_t i = 0; i < hidden; ++i) {
+      for (std::size_t j = 0; j < hidden; ++j) y[j] += x[i] * f16_to_f32(q[i * hidden + j]);
+    }
+    return y;
+  }
+  std::vector<double> times_transpose(const std::vector<double>& y) const {
+    std::vector<double> x(hidden, 0);
+    for (std::size_t i = 0; i < hidden; ++i) {
+      for (std::size_t j = 0; j < hidden; ++j) x[i] += y[j] * f16_to_f32(q[i * hidden + j]);
+    }
+    return x;
+  }
+  std::vector<double> logits(const std::vector<double>& h) const {
+    std::vector<double> result(vocab, 0);
+    for (std::size_t t = 0; t < vocab; ++t) {
+      for (std::size_t i = 0; i < hidden; ++i) {
+        result[t] += f16_to_f32(head[t * hidden + i]) * (static_cast<double>(gain[i]) * h[i]);
+      }
+    }
+    return result;
+  }
+  std::vector<double> embedding(std::size_t id) const {
+    std::vector<double> x(hidden);
+    for (std::size_t i = 0; i < hidden; ++i) x[i] = f16_to_f32(embed[id * hidden + i]);
+    return x;
+  }
+
+  std::size_t hidden, vocab;
+  std::vector<std::uint16_t> embed, head, q;
+  std::vector<float> gain;
+
+ private:
+  TempFolder folder_;
+};
+
+std::vector<std::byte> encode(WireDtype dtype, const std::vector<double>& row) {
+  const std::vector<float> values(row.begin(), row.end());
+  std::vector<std::byte> bytes(wire_row_bytes(dtype, row.size()));
+  encode_wire_row(dtype, values, bytes.data());
+  return bytes;
+}
+
+// Relative rounding of a row in the wire format, in the 2-norm.
+double wire_error(WireDtype dtype) {
+  switch (dtype) {
+    case WireDtype::kF32:
+      return 0x1p-24;
+    case WireDtype::kF16:
+      return 0x1p-11;
+    case WireDtype::kI8:
+      return 4.0 / 127;  // half a step of max/127; max is below 8 deviations
+  }
+  return 0;
+}
+
+class ScopedEnv {
+ public:
+  ScopedEnv(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  ~ScopedEnv() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
+}  // namespace
+
+TEST_CASE("embed gives the rows of the table times Q, in every wire format, on every path") {
+  for (const simd::Kernels* kernels : simd::available_kernels()) {
+    const ScopedEnv env("INFEMERAL_ISA", kernels->name);
+    const Client client({.hidden = 70 + rng()() % 80});
+    const auto backend = client.load();
+    CHECK(backend->name() == "cpu (" + std::string(kernels->name) + ")");
+    CHECK(backend->hidden_size() == client.hidden);
+    CHECK(backend->vocab_size() == client.vocab);
+    std::vector<std::int32_t> ids(300);  // more than one block
+    for (std::int32_t& id : ids) id = static_cast<std::int32_t>(rng()() % client.vocab);
+    for (WireDtype dtype : kAllWires) {
+      const std::size_t row_bytes = wire_row_bytes(dtype, client.hidden);
+      std::vector<std::byte> out(ids.size() * row_bytes, std::byte{0xff});
+      PhaseTimes times;
+      REQUIRE(backend->embed(ids, dtype, out, times).ok());
+      CHECK(times.embed_ms > 0);
+      CHECK(times.cloak_ms > 0);
+      CHECK(times.sum() == times.embed_ms + times.cloak_ms);
+      for (std::size_t i = 0; i < ids.size(); ++i) {
+        const auto expected = client.cloaked(client.embedding(static_cast<std::size_t>(ids[i])));
+        std::vector<float> row(client.hidden);
+        decode_wire_row(dtype, out.data() + i * row_bytes, row);
+        std::vector<double> error(client.hidden);
+        for (std::size_t j = 0; j < row.size(); ++j) error[j] = row[j] - expected[j];
+        const double sums = static_cast<double>(client.hidden) * 0x1p-24;
+        REQUIRE(norm(error) <= (wire_error(dtype) + sums) * norm(expected));
+      }
+    }
+  }
+}
+
+TEST_CASE("logits undo the cloak; on an f32 wire better than the float16 matrix itself could") {
+  for (const simd::Kernels* kernels : simd::available_kernels()) {
+    const ScopedEnv env("INFEMERAL_ISA", kernels->name);
+    for (bool tied : {false, true}) {
+      const Client client({.hidden = 96 + rng()() % 60, .tied = tied});
+      const auto backend = client.load();
+      const std::vector<double> h = random_row(client.hidden);
+      const std::vector<double> expected = client.logits(h);
+      const std::vector<double> returned = client.cloaked(h);
+      // What one multiplication with Q^T would give, in float64: the error of the float16 matrix.
+      const std::vector<double> plain = client.logits(client.times_transpose(returned));
+      double largest_row = 0, matrix_error = 0;
+      for (std::size_t t = 0; t < client.vocab; ++t) {
+        double squares = 0;
+        for (std::size_t i = 0; i < client.hidden; ++i) {
+          squares += std::pow(f16_to_f32(client.head[t * client.hidden + i]) * client.gain[i], 2);
+        }
+        largest_row = std::max(largest_row, std::sqrt(squares));
+        matrix_error = std::max(matrix_error, std::fabs(plain[t] - expected[t]));
+      }
+      for (WireDtype dtype : kAllWires) {
+        CAPTURE(kernels->name, tied, wire_dtype_name(dtype).data());
+        std::vector<float> logits(client.vocab, std::numeric_limits<float>::quiet_NaN());
+        REQUIRE(backend->logits(encode(dtype, returned), dtype, logits).ok());
+        double worst = 0;
+        for (std::size_t t = 0; t < client.vocab; ++t) {
+          worst = std::max(worst, std::fabs(logits[t] - expected[t]));
+        }
+        // |w . e| <= |w| |e|: rounding on the wire and in the sums; without refinement also Q's.
+        const double sums = 3 * static_cast<double>(client.hidden) / 4 * 0x1p-24;
+        const double bound = largest_row * norm(h) * (wire_error(dtype) + sums) +
+                             (dtype == WireDtype::kF32 ? 0 : matrix_error);
+        CHECK(worst <= bound);
+        if (dtype == WireDtype::kF32) CHECK(worst < matrix_error / 10);
+      }
+    }
+  }
+}
+
+TEST_CASE("next_tokens samples from those logits, for many rows as for each alone") {
+  const Client client({.hidden = 128, .vocab = 500, .cloak = CloakMode::kEager});
+  const auto one = client.load(1), two = client.load(2);
+  const std::size_t rows = 37;  // three blocks
+  const std::vector<std::int32_t> history = {1, 5, 7};
+  for (WireDtype dtype : kAllWires) {
+    std::vector<std::byte> bytes;
+    std::vector<SampleRequest> requests;
+    for (std::size_t i = 0; i < rows; ++i) {
+      const std::vector<std::byte> row = encode(dtype, random_row(client.hidden));
+      bytes.insert(bytes.end(), row.begin(), row.end());
+      SampleRequest request{.position = i, .history = history};
+      request.params.seed = rng()();
+      if (i % 3 != 0) request.params.temperature = 0.8f;
+      if (i % 3 == 1) request.params.top_p = 0.9f;
+      if (i % 3 == 2) request.params.repetition_penalty = 1.3f;
+      requests.push_back(request);
+    }
+    std::vector<std::int32_t> tokens(rows, -1), again(rows, -1);
+    PhaseTimes times;
+    REQUIRE(one->next_tokens(bytes, dtype, requests, tokens, times).ok());
+    CHECK(times.decode_ms > 0);
+    CHECK(times.uncloak_ms > 0);
+    CHECK(times.de_embed_ms > 0);
+    CHECK(times.sample_ms > 0);
+    CHECK(times.embed_ms == 0);
+    REQUIRE(two->next_tokens(bytes, dtype, requests, again, times).ok());
+    CHECK(tokens == again);
+    const std::size_t row_bytes = wire_row_bytes(dtype, client.hidden);
+    for (std::size_t i = 0; i < rows; ++i) {
+      const auto row = std::span<const std::byte>(bytes).subspan(i * row_bytes, row_bytes);
+      std::vector<float> logits(client.vocab), other(client.vocab);
+      REQUIRE(one->logits(row, dtype, logits).ok());
+      REQUIRE(two->logits(row, dtype, other).ok());
+      REQUIRE(std::memcmp(logits.data(), other.data(), logits.size() * sizeof(float)) == 0);
+      Sampler sampler;
+      REQUIRE(sampler.sample(logits, requests[i]) == tokens[i]);
+    }
+  }
+}
+
+TEST_CASE("bad input is refused with the fitting code") {
+  const Client client({});
+  const auto backend = client.load();
+  const auto message = [](const absl::Status& status) { return std::string(status.message()); };
+  PhaseTimes times;
+  std::vector<std::byte> out(2 * wire_row_bytes(WireDtype::kF16, client.hidden));
+  for (std::int32_t bad :
+       {-1, static_cast<std::int32_t>(client.vocab), std::numeric_limits<std::int32_t>::min()}) {
+    const std::vector<std::int32_t> ids = {0, bad};
+    const absl::Status status = backend->embed(ids, WireDtype::kF16, out, times);
+    CHECK(status.code() == absl::StatusCode::kInvalidArgument);
+    CHECK(message(status).find("token 1 is outside the vocabulary of 301") != std::string::npos);
+  }
+  const std::vector<std::int32_t> ids = {0, 1, 2};
+  CHECK(backend->embed(ids, WireDtype::kF16, out, times).code() ==
+        absl::StatusCode::kInvalidArgument);
+
+  std::vector<SampleRequest> requests(2);
+  std::vector<std::int32_t> tokens(2, -7);
+  CHECK(backend->next_tokens(std::span(out).first(3), WireDtype::kF16, requests, tokens, times)
+            .code() == absl::StatusCode::kInvalidArgument);
+  CHECK(backend->next_tokens(out, WireDtype::kF16, requests, std::span(tokens).first(1), times)
+            .code() == absl::StatusCode::kInvalidArgument);
+  requests[1].params.top_p = 0;
+  CHECK(backend->next_tokens(out, WireDtype::kF16, requests, tokens, times).code() ==
+        absl::StatusCode::kInvalidArgument);
+  requests[1].params = {};
+  std::vector<float> logits(client.vocab - 1);
+  CHECK(backend->logits(std::span(out).first(out.size() / 2), WireDtype::kF16, logits).code() ==
+        absl::StatusCode::kInvalidArgument);
+
+  for (WireDtype dtype : {WireDtype::kF32, WireDtype::kF16}) {
+    for (double bad : {std::numeric_limits<double>::quiet_NaN(), HUGE_VAL, -HUGE_VAL}) {
+      std::vector<double> row = random_row(client.hidden);
+      std::vector<std::byte> bytes = encode(dtype, row);
+      row[rng()() % row.size()] = bad;
+      std::vector<std::byte> broken(bytes.size());
+      // Past the encoder, which clamps what f16 cannot hold.
+      for (std::size_t i = 0; i < row.size(); ++i) {
+        const float value = static_cast<float>(row[i]);
+        const std::uint16_t half = f32_to_f16(value);
+        if (dtype == WireDtype::kF32) std::memcpy(&broken[4 * i], &value, 4);
+        if (dtype == WireDtype::kF16) std::memcpy(&broken[2 * i], &half, 2);
+      }
+      bytes.insert(bytes.end(), broken.begin(), broken.end());
+      const absl::Status status = backend->next_tokens(bytes, dtype, requests, tokens, times);
+      CHECK(status.code() == absl::StatusCode::kDataLoss);
+      CHECK(message(status).find("not finite") != std::string::npos);
+    }
+  }
+  const ScopedEnv env("INFEMERAL_ISA", "abacus");
+  CHECK(make_cpu_client_backend(ClientFolder::open(client.path()).value(), {}).status().code() ==
+        absl::StatusCode::kInvalidArgument);
+}
+
+TEST_CASE("the cloak is made on first use, kept, and counted") {
+  for (bool tied : {false, true}) {
+    const Client client({.tied = tied});
+    const auto backend = client.load();
+    const std::size_t table = client.vocab * client.hidden * 2;
+    CHECK(backend->memory().weights_bytes == (tied ? 1 : 2) * table + client.hidden * 4);
+    CHECK(backend->memory().cloak_bytes == 0);
+    PhaseTimes times;
+    std::vector<std::byte> out(wire_row_bytes(WireDtype::kF16, client.hidden));
+    const std::vector<std::int32_t> ids = {3};
+    REQUIRE(backend->embed(ids, WireDtype::kF16, out, times).ok());
+    CHECK(backend->memory().cloak_bytes == 2 * 2 * client.hidden * client.hidden);
+  }
+  // A matrix file that is gone is an error of the first use, and of every later one.
+  const Client client({.cloak = CloakMode::kEager});
+  const auto backend = client.load();
+  std::filesystem::remove(client.path() / "cloak.safetensors");
+  PhaseTimes times;
+  std::vector<std::byte> out(wire_row_bytes(WireDtype::kF16, client.hidden));
+  const std::vector<std::int32_t> ids = {3};
+  for (int i = 0; i < 2; ++i) {
+    CHECK(backend->embed(ids, WireDtype::kF16, out, times).code() == absl::StatusCode::kNotFound);
+  }
+}
+
+}  // namespace infemeral
