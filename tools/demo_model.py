@@ -271,6 +271,8 @@ def main() -> int:
     except (DemoModelError, OSError) as error:
         print(f"demo_model.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

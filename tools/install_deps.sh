@@ -13,8 +13,8 @@ readonly PACKAGES=(
   ca-certificates python3-venv
 )
 readonly TEST_PACKAGES=(
-  # sanitizers and fuzzing, with readable stacks
-  clang-14 libclang-rt-14-dev llvm-14 valgrind
+  # formatting; sanitizers and fuzzing, with readable stacks
+  clang-14 clang-format-14 libclang-rt-14-dev llvm-14 valgrind
   # the reference implementation; OpenBLAS makes it ten times as fast
   python3-torch libopenblas0-pthread
 )
