@@ -91,7 +91,9 @@ void add(std::span<const double> x, std::span<double> to) {
 
 }  // namespace
 
-std::string layer_prefix(std::size_t layer) { return cat("model.layers.", layer, "."); }
+std::string layer_prefix(std::size_t layer) {
+  return cat("model.layers.", layer, ".");
+}
 
 absl::StatusOr<LayerTensors> find_layer(const Safetensors& weights, const ModelConfig& config,
                                         std::size_t layer) {
@@ -159,8 +161,7 @@ std::vector<double> reference_rope_frequencies(const ModelConfig& config) {
     if (waves < s.low_freq_factor) {
       f /= s.factor;
     } else if (waves <= s.high_freq_factor) {
-      const double smooth =
-          (waves - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor);
+      const double smooth = (waves - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor);
       f = (1 - smooth) * f / s.factor + smooth * f;
     }
   }

@@ -17,8 +17,8 @@ namespace infemeral {
 // The tensors of one layer, as views into a file; an optional one that the architecture lacks has
 // no data. `gain` vectors are RMSNorm weights.
 struct LayerTensors {
-  TensorView input_gain;                      // [H]
-  TensorView q, k, v, o;                      // [heads * d, H], [kv_heads * d, H] x2, [H, heads * d]
+  TensorView input_gain;  // [H]
+  TensorView q, k, v, o;  // [heads * d, H], [kv_heads * d, H] x2, [H, heads * d]
   TensorView q_bias, k_bias, v_bias, o_bias;  // by rows of the weight, or absent
   TensorView q_gain, k_gain;                  // [d] (Qwen3), or absent
   TensorView post_gain;                       // [H]

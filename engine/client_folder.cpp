@@ -3,7 +3,6 @@
 #include <nlohmann/json.hpp>
 #include <utility>
 
-#include "engine/fingerprint.h"
 #include "engine/json_file.h"
 #include "engine/text.h"
 

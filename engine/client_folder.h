@@ -15,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/cloak.h"
+#include "engine/fingerprint.h"
 #include "engine/link.h"
 #include "engine/safetensors.h"
 

@@ -8,7 +8,6 @@
 #include <functional>
 #include <nlohmann/json.hpp>
 
-#include "engine/fingerprint.h"
 #include "tests/tiny_model.h"
 
 namespace infemeral {

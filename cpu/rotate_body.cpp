@@ -1,0 +1,320 @@
+#include "cpu/rotate_body.h"
+
+#include <oneapi/tbb/blocked_range.h>
+#include <oneapi/tbb/parallel_for.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "cpu/narrow.h"
+#include "cpu/reference_block.h"
+#include "engine/json_file.h"
+#include "engine/text.h"
+
+namespace infemeral {
+namespace {
+
+// A few blocks' worth of float64 is all that is held of a matrix at a time.
+constexpr std::size_t kBlockRows = 512;   // of a matrix that reads the stream
+constexpr std::size_t kBlockCols = 1024;  // of one that writes it
+
+enum class Make {
+  kZeros,      // the embedding that stock loaders expect
+  kOnes,       // gains that were folded away
+  kCopy,       // what lives in head space
+  kRead,       // W diag(gain) Q^-T
+  kWrite,      // Q^T W
+  kWriteBias,  // b Q
+};
+
+struct BodyTensor {
+  std::string name;
+  std::vector<std::size_t> shape;
+  Make make;
+  TensorView source = {};
+  TensorView gain = {};  // kRead
+
+  std::size_t elements() const {
+    std::size_t n = 1;
+    for (const std::size_t size : shape) n *= size;
+    return n;
+  }
+};
+
+absl::StatusOr<std::vector<BodyTensor>> plan(const ModelConfig& config, const Safetensors& model) {
+  std::vector<BodyTensor> tensors;
+  tensors.push_back({"model.embed_tokens.weight", {1, config.hidden_size}, Make::kZeros});
+  for (std::size_t i = 0; i < config.n_layers; ++i) {
+    const auto layer = find_layer(model, config, i);
+    if (!layer.ok()) return layer.status();
+    const std::string prefix = layer_prefix(i);
+    const auto put = [&](const char* name, Make make, const TensorView& source,
+                         const TensorView& gain = {}) {
+      if (source.shape.empty()) return;  // optional, and this architecture lacks it
+      tensors.push_back({prefix + name, source.shape, make, source, gain});
+    };
+    const LayerTensors& t = *layer;
+    put("input_layernorm.weight", Make::kOnes, t.input_gain);
+    put("self_attn.q_proj.weight", Make::kRead, t.q, t.input_gain);
+    put("self_attn.q_proj.bias", Make::kCopy, t.q_bias);
+    put("self_attn.k_proj.weight", Make::kRead, t.k, t.input_gain);
+    put("self_attn.k_proj.bias", Make::kCopy, t.k_bias);
+    put("self_attn.v_proj.weight", Make::kRead, t.v, t.input_gain);
+    put("self_attn.v_proj.bias", Make::kCopy, t.v_bias);
+    put("self_attn.q_norm.weight", Make::kCopy, t.q_gain);
+    put("self_attn.k_norm.weight", Make::kCopy, t.k_gain);
+    put("self_attn.o_proj.weight", Make::kWrite, t.o);
+    put("self_attn.o_proj.bias", Make::kWriteBias, t.o_bias);
+    put("post_attention_layernorm.weight", Make::kOnes, t.post_gain);
+    put("mlp.gate_proj.weight", Make::kRead, t.gate, t.post_gain);
+    put("mlp.gate_proj.bias", Make::kCopy, t.gate_bias);
+    put("mlp.up_proj.weight", Make::kRead, t.up, t.post_gain);
+    put("mlp.up_proj.bias", Make::kCopy, t.up_bias);
+    put("mlp.down_proj.weight", Make::kWrite, t.down);
+    put("mlp.down_proj.bias", Make::kWriteBias, t.down_bias);
+  }
+  const std::size_t norm_shape[] = {config.hidden_size};
+  const auto norm = model.get("model.norm.weight", norm_shape);
+  if (!norm.ok()) return norm.status();
+  tensors.push_back({"model.norm.weight", {config.hidden_size}, Make::kOnes, *norm});
+  return tensors;
+}
+
+// Tensors one after the other into one file, or into shards of at most max_bytes (a tensor is never
+// cut) with an index as Hugging Face names them.
+class ShardWriter {
+ public:
+  ShardWriter(std::filesystem::path folder, const std::vector<BodyTensor>& tensors, Dtype dtype,
+              std::size_t max_bytes)
+      : folder_(std::move(folder)) {
+    std::size_t shard_bytes = 0;
+    for (const BodyTensor& tensor : tensors) {
+      const std::size_t bytes = tensor.elements() * dtype_bytes(dtype);
+      if (shards_.empty() || (shard_bytes > 0 && bytes > max_bytes - shard_bytes)) {
+        shards_.emplace_back();
+        shard_bytes = 0;
+      }
+      shards_.back().push_back({tensor.name, dtype, tensor.shape});
+      shard_bytes += bytes;
+      total_bytes_ += bytes;
+    }
+  }
+
+  std::size_t total_bytes() const { return total_bytes_; }
+
+  // The next tensor begins; its bytes come through write().
+  absl::Status begin_tensor() {
+    if (writer_ != nullptr && left_in_shard_ > 0) {
+      --left_in_shard_;
+      return absl::OkStatus();
+    }
+    if (writer_ != nullptr) {
+      if (absl::Status status = writer_->finish(); !status.ok()) return status;
+    }
+    auto writer = SafetensorsWriter::create(folder_ / file_name(next_shard_), shards_[next_shard_],
+                                            {{"format", "pt"}});
+    if (!writer.ok()) return writer.status();
+    writer_ = *std::move(writer);
+    left_in_shard_ = shards_[next_shard_].size() - 1;
+    ++next_shard_;
+    return absl::OkStatus();
+  }
+  absl::Status write(std::span<const std::byte> bytes) { return writer_->write(bytes); }
+
+  absl::Status finish() {
+    if (absl::Status status = writer_->finish(); !status.ok() || shards_.size() == 1) return status;
+    nlohmann::ordered_json map = nlohmann::ordered_json::object();
+    for (std::size_t i = 0; i < shards_.size(); ++i) {
+      for (const auto& tensor : shards_[i]) map[tensor.name] = file_name(i);
+    }
+    const nlohmann::ordered_json index = {{"metadata", {{"total_size", total_bytes_}}},
+                                          {"weight_map", map}};
+    return write_new_file(folder_ / "model.safetensors.index.json", index.dump(2) + "\n", 0644);
+  }
+
+ private:
+  std::string file_name(std::size_t shard) const {
+    if (shards_.size() == 1) return "model.safetensors";
+    return absl::StrFormat("model-%05d-of-%05d.safetensors", shard + 1, shards_.size());
+  }
+
+  std::filesystem::path folder_;
+  std::vector<std::vector<SafetensorsWriter::Declaration>> shards_;
+  std::size_t total_bytes_ = 0;
+  std::unique_ptr<SafetensorsWriter> writer_;
+  std::size_t next_shard_ = 0, left_in_shard_ = 0;
+};
+
+// Makes the tensors of a plan. Conversions and products run on all threads of the arena.
+class Maker {
+ public:
+  Maker(const Rotation& rotation, const RotateBodyOptions& options, ShardWriter& writer,
+        double total)
+      : rotation_(rotation), options_(options), writer_(writer), total_(total) {}
+
+  absl::Status make(const BodyTensor& tensor) {
+    faults_ = {};
+    absl::Status status;
+    switch (tensor.make) {
+      case Make::kZeros:
+        status = write_constant(tensor, 0);
+        break;
+      case Make::kOnes:
+        status = write_constant(tensor, 1);
+        break;
+      case Make::kCopy:
+      case Make::kWriteBias:
+        status = write_vector(tensor);
+        break;
+      case Make::kRead:
+        status = fold_read(tensor);
+        break;
+      case Make::kWrite:
+        status = fold_write(tensor);
+        break;
+    }
+    if (!status.ok()) return status;
+    if (faults_.count > 0) {
+      return absl::InvalidArgumentError(
+          cat("the body's tensor ", quote_name(tensor.name), " has ", faults_.count,
+              " values that ", dtype_name(options_.dtype), " cannot hold, the largest ",
+              faults_.largest, "; choose another body dtype, or check the model's file"));
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::Status advance(std::size_t elements) {
+    done_ += static_cast<double>(elements);
+    if (options_.progress) options_.progress(done_, total_);
+    if (options_.stop.stop_requested()) return absl::CancelledError("preparation was interrupted");
+    return absl::OkStatus();
+  }
+
+  absl::Status write_constant(const BodyTensor& tensor, double value) {
+    return write_values(std::vector<double>(tensor.elements(), value));
+  }
+
+  absl::Status write_vector(const BodyTensor& tensor) {
+    std::vector<float> raw(tensor.elements());
+    tensor.source.read(0, raw);
+    std::vector<double> values(raw.begin(), raw.end());
+    if (tensor.make == Make::kWriteBias) {
+      std::vector<double> rotated(values.size());
+      rotation_.rotate(1, values, rotated);
+      values = std::move(rotated);
+    }
+    return write_values(values);
+  }
+
+  absl::Status write_values(std::span<const double> values) {
+    std::vector<std::byte> bytes(values.size() * dtype_bytes(options_.dtype));
+    faults_.add(narrow(values, options_.dtype, bytes.data()));
+    if (absl::Status status = writer_.write(bytes); !status.ok()) return status;
+    return advance(values.size());
+  }
+
+  // Rows of W in blocks, each written as it is done.
+  absl::Status fold_read(const BodyTensor& tensor) {
+    const std::size_t rows = tensor.shape[0], h = tensor.shape[1];
+    std::vector<float> gain(h);
+    tensor.gain.read(0, gain);
+    std::vector<double> w(kBlockRows * h), folded(kBlockRows * h);
+    std::vector<std::byte> bytes(kBlockRows * h * dtype_bytes(options_.dtype));
+    for (std::size_t first = 0; first < rows; first += kBlockRows) {
+      const std::size_t count = std::min(kBlockRows, rows - first);
+      each_row(count, [&](std::size_t r, std::vector<float>& scratch) {
+        scratch.resize(h);
+        tensor.source.read((first + r) * h, scratch);
+        for (std::size_t i = 0; i < h; ++i) w[r * h + i] = double{scratch[i]} * gain[i];
+      });
+      rotation_.fold_read(count, std::span(w).first(count * h), std::span(folded).first(count * h));
+      each_row(count, [&](std::size_t r, std::vector<float>&) {
+        store({folded.data() + r * h, h}, bytes.data() + r * h * dtype_bytes(options_.dtype));
+      });
+      const auto block = std::span(bytes).first(count * h * dtype_bytes(options_.dtype));
+      if (absl::Status status = writer_.write(block); !status.ok()) return status;
+      if (absl::Status status = advance(count * h); !status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
+
+  // Columns of W in blocks; the file wants rows, so the result is gathered in its own dtype first.
+  absl::Status fold_write(const BodyTensor& tensor) {
+    const std::size_t h = tensor.shape[0], cols = tensor.shape[1];
+    const std::size_t block_cols = std::min(kBlockCols, cols), width = dtype_bytes(options_.dtype);
+    std::vector<double> w(h * block_cols), folded(h * block_cols);
+    std::vector<std::byte> bytes(h * cols * width);
+    for (std::size_t first = 0; first < cols; first += block_cols) {
+      const std::size_t count = std::min(block_cols, cols - first);
+      each_row(h, [&](std::size_t r, std::vector<float>& scratch) {
+        scratch.resize(count);
+        tensor.source.read(r * cols + first, scratch);
+        std::copy(scratch.begin(), scratch.end(), w.data() + r * count);
+      });
+      rotation_.fold_write(count, std::span(w).first(h * count),
+                           std::span(folded).first(h * count));
+      each_row(h, [&](std::size_t r, std::vector<float>&) {
+        store({folded.data() + r * count, count}, bytes.data() + (r * cols + first) * width);
+      });
+      if (absl::Status status = advance(h * count); !status.ok()) return status;
+    }
+    return writer_.write(bytes);
+  }
+
+  // work(row, scratch) for every row, in parallel; scratch is a thread's own.
+  template <typename Work>
+  static void each_row(std::size_t rows, const Work& work) {
+    tbb::parallel_for(tbb::blocked_range<std::size_t>(0, rows, 16), [&](const auto& range) {
+      std::vector<float> scratch;
+      for (std::size_t r = range.begin(); r != range.end(); ++r) work(r, scratch);
+    });
+  }
+
+  void store(std::span<const double> values, std::byte* out) {
+    const NarrowFaults faults = narrow(values, options_.dtype, out);
+    if (faults.count == 0) return;
+    const std::lock_guard lock(faults_mutex_);
+    faults_.add(faults);
+  }
+
+  const Rotation& rotation_;
+  const RotateBodyOptions& options_;
+  ShardWriter& writer_;
+  const double total_;
+  double done_ = 0;
+  std::mutex faults_mutex_;
+  NarrowFaults faults_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::size_t> rotate_body(const ModelConfig& config, const Safetensors& model,
+                                        const Rotation& rotation, const RotateBodyOptions& options,
+                                        const std::filesystem::path& folder, ModelHash& hash) {
+  const auto tensors = plan(config, model);
+  if (!tensors.ok()) return tensors.status();
+  double total = 0;
+  for (const BodyTensor& tensor : *tensors) total += static_cast<double>(tensor.elements());
+
+  ShardWriter writer(folder, *tensors, options.dtype, options.max_shard_bytes);
+  Maker maker(rotation, options, writer, total);
+  for (const BodyTensor& tensor : *tensors) {
+    if (absl::Status status = writer.begin_tensor(); !status.ok()) return status;
+    if (absl::Status status = maker.make(tensor); !status.ok()) return status;
+    if (tensor.make != Make::kZeros) {
+      hash.add(tensor.name, tensor.source);
+      model.release_pages(tensor.source);
+    }
+  }
+  if (absl::Status status = writer.finish(); !status.ok()) return status;
+  return writer.total_bytes();
+}
+
+}  // namespace infemeral

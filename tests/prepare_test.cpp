@@ -1,0 +1,693 @@
+#include "cpu/prepare.h"
+
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <fstream>
+#include <functional>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <set>
+
+#include "cpu/narrow.h"
+#include "cpu/reference_block.h"
+#include "cpu/rotation.h"
+#include "engine/float16.h"
+#include "engine/json_file.h"
+#include "engine/text.h"
+#include "tests/tiny_model.h"
+
+namespace infemeral {
+namespace {
+
+namespace fs = std::filesystem;
+
+std::mt19937_64& rng() {
+  static std::mt19937_64 generator{std::random_device{}()};
+  return generator;
+}
+
+std::vector<double> random_doubles(std::size_t n) {
+  std::normal_distribution<double> normal;
+  std::vector<double> values(n);
+  for (double& value : values) value = normal(rng());
+  return values;
+}
+
+std::vector<double> values_of(const TensorView& tensor) {
+  std::vector<float> values(tensor.elements());
+  tensor.read(0, values);
+  return {values.begin(), values.end()};
+}
+
+double norm(std::span<const double> x) {
+  double squares = 0;
+  for (const double value : x) squares += value * value;
+  return std::sqrt(squares);
+}
+
+double relative_error(std::span<const double> actual, std::span<const double> expected) {
+  std::vector<double> difference(expected.begin(), expected.end());
+  for (std::size_t i = 0; i < difference.size(); ++i) difference[i] -= actual[i];
+  return norm(difference) / norm(expected);
+}
+
+// rows x n times an n x n matrix given by its element function.
+std::vector<double> times(std::span<const double> x, std::size_t n,
+                          const std::function<double(std::size_t, std::size_t)>& m) {
+  std::vector<double> y(x.size(), 0);
+  for (std::size_t r = 0; r < x.size() / n; ++r) {
+    for (std::size_t i = 0; i < n; ++i) {
+      for (std::size_t j = 0; j < n; ++j) y[r * n + j] += x[r * n + i] * m(i, j);
+    }
+  }
+  return y;
+}
+
+struct Logs {
+  std::vector<std::pair<LogLevel, std::string>> lines;
+  LogSink sink() {
+    return [this](LogLevel level, std::string_view message) { lines.emplace_back(level, message); };
+  }
+  bool has(LogLevel level, std::string_view part) const {
+    return std::any_of(lines.begin(), lines.end(), [&](const auto& line) {
+      return line.first == level && line.second.find(part) != std::string::npos;
+    });
+  }
+};
+
+std::set<std::string> names_in(const fs::path& folder) {
+  std::set<std::string> names;
+  if (!fs::exists(folder)) return names;
+  for (const auto& entry : fs::directory_iterator(folder)) names.insert(entry.path().filename());
+  return names;
+}
+
+// Rewrites a checkpoint's single file with some tensors changed.
+void edit_model(const fs::path& model,
+                const std::function<void(const std::string&, std::vector<float>&)>& edit,
+                const std::set<std::string>& drop = {}) {
+  const fs::path file = model / "model.safetensors", edited = model / "edited.safetensors";
+  {
+    const auto tensors = Safetensors::open(file);
+    REQUIRE(tensors.ok());
+    std::vector<SafetensorsWriter::Declaration> declarations;
+    for (const auto& [name, view] : tensors->tensors()) {
+      if (!drop.contains(name)) declarations.push_back({name, Dtype::kF32, view.shape});
+    }
+    auto writer = SafetensorsWriter::create(edited, declarations, {});
+    REQUIRE(writer.ok());
+    for (const auto& declaration : declarations) {
+      std::vector<float> values(tensors->find(declaration.name)->elements());
+      tensors->find(declaration.name)->read(0, values);
+      edit(declaration.name, values);
+      REQUIRE((*writer)->write(std::as_bytes(std::span(values))).ok());
+    }
+    REQUIRE((*writer)->finish().ok());
+  }
+  fs::rename(edited, file);
+}
+
+// The logits of a prepared model as a client computes them in float64 from the float16 Q:
+//   y' = body(E Q);  y = y' Q^T, or with one step of refinement y += (y' - y Q) Q^T, which brings
+//   the float16 rounding of Q out of the result;  logits = lm_head (gain * y).
+struct PrivateLogits {
+  std::vector<double> plain_uncloak, refined;
+};
+
+PrivateLogits private_logits(const ClientFolder& client, const Safetensors& body,
+                             const ModelConfig& config, std::span<const std::size_t> ids) {
+  const std::size_t h = config.hidden_size;
+  const auto cloak = client.load_cloak();
+  REQUIRE(cloak.ok());
+  const auto q = [&](std::size_t i, std::size_t j) -> double {
+    return f16_to_f32(cloak->values()[i * h + j]);
+  };
+  const auto qt = [&](std::size_t i, std::size_t j) { return q(j, i); };
+  const std::vector<double> embed = values_of(client.embed_tokens),
+                            head = values_of(client.lm_head);
+  std::vector<double> x;
+  for (const std::size_t id : ids) {
+    x.insert(x.end(), embed.begin() + static_cast<std::ptrdiff_t>(id * h),
+             embed.begin() + static_cast<std::ptrdiff_t>((id + 1) * h));
+  }
+  const auto out = reference_body(config, body, times(x, h, q));
+  REQUIRE(out.ok());
+  std::vector<double> y = times(*out, h, qt);
+  const auto logits = [&](const std::vector<double>& states) {
+    const std::vector<double> gain = values_of(client.final_norm);
+    std::vector<double> result;
+    for (std::size_t r = 0; r < ids.size(); ++r) {
+      for (std::size_t v = 0; v < head.size() / h; ++v) {
+        double sum = 0;
+        for (std::size_t i = 0; i < h; ++i) sum += head[v * h + i] * gain[i] * states[r * h + i];
+        result.push_back(sum);
+      }
+    }
+    return result;
+  };
+  PrivateLogits result;
+  result.plain_uncloak = logits(y);
+  std::vector<double> residual = times(y, h, q);
+  for (std::size_t i = 0; i < residual.size(); ++i) residual[i] = (*out)[i] - residual[i];
+  const std::vector<double> correction = times(residual, h, qt);
+  for (std::size_t i = 0; i < y.size(); ++i) y[i] += correction[i];
+  result.refined = logits(y);
+  return result;
+}
+
+std::vector<double> plain_logits(const Safetensors& model, const ModelConfig& config, bool tied,
+                                 std::span<const std::size_t> ids) {
+  const std::size_t h = config.hidden_size;
+  const std::vector<double> embed = values_of(*model.find("model.embed_tokens.weight"));
+  const std::vector<double> head = tied ? embed : values_of(*model.find("lm_head.weight"));
+  std::vector<double> x;
+  for (const std::size_t id : ids) {
+    x.insert(x.end(), embed.begin() + static_cast<std::ptrdiff_t>(id * h),
+             embed.begin() + static_cast<std::ptrdiff_t>((id + 1) * h));
+  }
+  const auto y = reference_body(config, model, x);
+  REQUIRE(y.ok());
+  std::vector<double> result;
+  for (std::size_t r = 0; r < ids.size(); ++r) {
+    for (std::size_t v = 0; v < head.size() / h; ++v) {
+      double sum = 0;
+      for (std::size_t i = 0; i < h; ++i) sum += head[v * h + i] * (*y)[r * h + i];
+      result.push_back(sum);
+    }
+  }
+  return result;
+}
+
+}  // namespace
+
+TEST_CASE("narrowing rounds like the formats and counts what they cannot hold") {
+  const double inf = std::numeric_limits<double>::infinity();
+  const std::vector<double> values = {0, 1, -65504, 65519, 65520, 1e30, 1e300, -inf, 1e-8, 1e-300};
+  std::vector<std::byte> out(values.size() * 4);
+  NarrowFaults faults = narrow(values, Dtype::kF16, out.data());
+  CHECK(faults.count == 4);
+  CHECK(faults.largest == inf);
+  faults = narrow(std::span(values).first(6), Dtype::kF16, out.data());
+  CHECK(faults.count == 2);
+  CHECK(faults.largest == 1e30);
+  CHECK(narrow(std::span(values).first(6), Dtype::kBF16, out.data()).count == 0);
+  CHECK(narrow(values, Dtype::kF32, out.data()).count == 2);
+  faults = narrow(std::vector<double>{1e30, std::nan(""), 1e20}, Dtype::kF16, out.data());
+  CHECK(faults.count == 3);
+  CHECK(std::isnan(faults.largest));
+}
+
+TEST_CASE("the rotation inverts the float16 matrix, not the ideal one") {
+  const std::size_t n = 96;
+  const auto cloak = Cloak::generate(CloakSeed::random(), n);
+  REQUIRE(cloak.ok());
+  const auto rotation = Rotation::make(*cloak);
+  REQUIRE(rotation.ok());
+  // reads: (w Q^-T) (x Q)^T = w x^T
+  const std::vector<double> w = random_doubles(5 * n), x = random_doubles(n);
+  std::vector<double> folded(w.size(), NAN), rotated(n, NAN);
+  rotation->fold_read(5, w, folded);
+  rotation->rotate(1, x, rotated);
+  for (std::size_t r = 0; r < 5; ++r) {
+    double plain = 0, split = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      plain += w[r * n + i] * x[i];
+      split += folded[r * n + i] * rotated[i];
+    }
+    CHECK(std::fabs(plain - split) < 1e-11 * norm(w) * norm(x));
+  }
+  // writes: (Q^T w) a = Q^T (w a)
+  const std::vector<double> write = random_doubles(n * 7), a = random_doubles(7);
+  std::vector<double> folded_write(write.size(), NAN), wa(n, 0), expected(n, NAN), actual(n, 0);
+  rotation->fold_write(7, write, folded_write);
+  for (std::size_t i = 0; i < n; ++i) {
+    for (std::size_t c = 0; c < 7; ++c) {
+      wa[i] += write[i * 7 + c] * a[c];
+      actual[i] += folded_write[i * 7 + c] * a[c];
+    }
+  }
+  rotation->rotate(1, wa, expected);
+  CHECK(relative_error(actual, expected) < 1e-12);
+}
+
+TEST_CASE("the reference: RMSNorm, and Llama 3's RoPE at its ends") {
+  const std::vector<double> gain = {1, 2};
+  const std::vector<double> normed = reference_rms_norm(std::vector<double>{3, 4, 0, 0}, gain, 0.5);
+  CHECK(normed[0] == Approx(3 / std::sqrt(13.0)));
+  CHECK(normed[1] == Approx(8 / std::sqrt(13.0)));
+  CHECK(normed[2] == 0);
+  ModelConfig config;
+  config.head_dim = 64;
+  config.rope_theta = 500000;
+  const std::vector<double> plain = reference_rope_frequencies(config);
+  config.rope_scaling = {.llama3 = true,
+                         .factor = 8,
+                         .low_freq_factor = 1,
+                         .high_freq_factor = 4,
+                         .original_max_position_embeddings = 8192};
+  const std::vector<double> stretched = reference_rope_frequencies(config);
+  CHECK(plain[0] == 1);
+  CHECK(stretched[0] == 1);
+  CHECK(stretched.back() == Approx(plain.back() / 8));
+  for (std::size_t i = 0; i < plain.size(); ++i) {
+    CHECK(stretched[i] <= plain[i]);
+    CHECK(stretched[i] >= plain[i] / 8 * (1 - 1e-12));
+  }
+}
+
+TEST_CASE("a prepared model computes the plain model's logits, for every architecture") {
+  struct Case {
+    const char* what;
+    TinyModelOptions model;
+    Dtype body;
+    double tolerance;  // of the logits, relative
+  };
+  // Body in float32: what remains is float32's rounding in the weights and the norms' argument
+  // (about |QQ^T - I|, up to 3e-4 at this size). The plain model is float16, as the client's copy.
+  const double exact = 3e-4, f16 = 5e-3, bf16 = 5e-2;
+  const Dtype half = Dtype::kF16;
+  const std::string window = R"({"sliding_window": 3})";
+  const std::string llama3 = R"({"rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+      "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}})";
+  const Case cases[] = {
+      {"llama", {.dtype = half}, Dtype::kF32, exact},
+      {"llama, tied", {.tied = true, .dtype = half}, Dtype::kF32, exact},
+      {"llama, biases", {.biases = true, .dtype = half}, Dtype::kF32, exact},
+      {"llama, stretched RoPE", {.dtype = half, .config_patch = llama3}, Dtype::kF32, exact},
+      {"llama, wide heads", {.head_dim = 32, .dtype = half}, Dtype::kF32, exact},
+      {"mistral",
+       {.model_type = "mistral", .dtype = half, .config_patch = window},
+       Dtype::kF32,
+       exact},
+      {"qwen2", {.model_type = "qwen2", .dtype = half}, Dtype::kF32, exact},
+      {"qwen3",
+       {.model_type = "qwen3", .biases = true, .dtype = half, .sharded = true},
+       Dtype::kF32,
+       exact},
+      {"float16 body", {.dtype = half}, Dtype::kF16, f16},
+      {"bfloat16 body", {.dtype = half}, Dtype::kBF16, bf16},
+      {"bfloat16 model", {.dtype = Dtype::kBF16}, Dtype::kF16, f16},
+      {"float32 model", {.dtype = Dtype::kF32}, Dtype::kF16, f16},
+  };
+  for (const Case& c : cases) {
+    INFO(c.what);
+    const TempFolder temp;
+    TinyModelOptions options = c.model;
+    options.seed = rng()();
+    INFO("seed " << options.seed);
+    make_tiny_model(temp.path() / "model", options);
+    const auto result = prepare_model({.model_dir = temp.path() / "model",
+                                       .output_dir = temp.path() / "out",
+                                       .body_dtype = c.body});
+    INFO(result.status().ToString());
+    REQUIRE(result.ok());
+    CHECK(result->tied_embeddings == options.tied);
+    CHECK(result->check_error <= result->check_tolerance);
+
+    const auto client = ClientFolder::open(temp.path() / "out" / "client");
+    const auto body = Safetensors::open_folder(temp.path() / "out" / "body");
+    const auto body_config = load_model_config(temp.path() / "out" / "body");
+    const auto model = Safetensors::open_folder(temp.path() / "model");
+    const auto config = load_model_config(temp.path() / "model");
+    REQUIRE(client.ok());
+    REQUIRE(body.ok());
+    REQUIRE(body_config.ok());
+    std::vector<std::size_t> ids;
+    for (int i = 0; i < 6; ++i) ids.push_back(rng()() % options.vocab);
+    const double error = relative_error(private_logits(*client, *body, *body_config, ids).refined,
+                                        plain_logits(*model, *config, options.tied, ids));
+    INFO(error);
+    CHECK(error < c.tolerance);
+  }
+}
+
+TEST_CASE("folding with the exact inverse loses less than folding with Q") {
+  // A body folded with Q, as the ideal mathematics has it, next to the prepared one; both read with
+  // and without refinement in the client. Errors of the logits, relative to the plain model's.
+  const TempFolder temp;
+  make_tiny_model(temp.path() / "model", {.layers = 4, .dtype = Dtype::kF16, .seed = rng()()});
+  REQUIRE(prepare_model({.model_dir = temp.path() / "model",
+                         .output_dir = temp.path() / "out",
+                         .body_dtype = Dtype::kF32})
+              .ok());
+  const auto client = ClientFolder::open(temp.path() / "out" / "client");
+  const auto body = Safetensors::open_folder(temp.path() / "out" / "body");
+  const auto model = Safetensors::open_folder(temp.path() / "model");
+  const auto config = load_model_config(temp.path() / "model");
+  REQUIRE((client.ok() && body.ok() && model.ok() && config.ok()));
+  const auto cloak = client->load_cloak();
+  const std::size_t h = config->hidden_size;
+
+  fs::copy(temp.path() / "out" / "body", temp.path() / "naive");
+  edit_model(temp.path() / "naive", [&](const std::string& name, std::vector<float>& values) {
+    const bool attention =
+        name.find("q_proj") + name.find("k_proj") + name.find("v_proj") != 3 * std::string::npos;
+    const bool mlp = name.find("gate_proj") + name.find("up_proj") != 2 * std::string::npos;
+    if (!attention && !mlp) return;
+    const std::string layer =
+        name.substr(0, name.find('.', std::string("model.layers.").size()) + 1);
+    const std::vector<double> gain = values_of(*model->find(
+        layer + (attention ? "input_layernorm.weight" : "post_attention_layernorm.weight")));
+    std::vector<double> w = values_of(*model->find(name));
+    for (std::size_t i = 0; i < w.size(); ++i) w[i] *= gain[i % h];
+    w = times(w, h, [&](std::size_t i, std::size_t j) {
+      return double{f16_to_f32(cloak->values()[i * h + j])};
+    });
+    std::copy(w.begin(), w.end(), values.begin());
+  });
+  const auto naive = Safetensors::open_folder(temp.path() / "naive");
+  REQUIRE(naive.ok());
+
+  const std::vector<std::size_t> ids = {3, 1, 4, 1, 5, 9, 2, 6};
+  const std::vector<double> plain = plain_logits(*model, *config, false, ids);
+  const PrivateLogits exact_fold = private_logits(*client, *body, *config, ids);
+  const PrivateLogits naive_fold = private_logits(*client, *naive, *config, ids);
+  const double best = relative_error(exact_fold.refined, plain);
+  const double unrefined = relative_error(exact_fold.plain_uncloak, plain);
+  const double worst = relative_error(naive_fold.plain_uncloak, plain);
+  const double naive_refined = relative_error(naive_fold.refined, plain);
+  WARN("relative error of the logits: exact inverse " << unrefined << ", and refined in the client "
+                                                      << best << "; folded with Q " << worst
+                                                      << ", and refined " << naive_refined);
+  CHECK(best < unrefined);
+  CHECK(best < naive_refined);
+  CHECK(best < worst);
+}
+
+TEST_CASE("the folders hold what they should and nothing else") {
+  const TempFolder temp;
+  make_tiny_model(temp.path() / "model", {.tied = true});
+  const CloakSeed seed = CloakSeed::random();
+  Logs logs;
+  std::vector<std::string> stages;
+  const auto result =
+      prepare_model({.model_dir = temp.path() / "model",
+                     .output_dir = temp.path() / "a" / "b",
+                     .cloak_mode = CloakMode::kLazy,
+                     .seed = &seed,
+                     .log = logs.sink(),
+                     .progress = [&](std::string_view stage, double done, double total) {
+                       CHECK(done >= 0);
+                       CHECK(done <= total);
+                       if (stages.empty() || stages.back() != stage) {
+                         stages.emplace_back(stage);
+                       }
+                     }});
+  REQUIRE(result.ok());
+  const fs::path out = temp.path() / "a" / "b";
+  CHECK(names_in(out) == std::set<std::string>{"body", "client"});
+  CHECK(names_in(out / "body") ==
+        std::set<std::string>{"config.json", "infemeral.json", "model.safetensors"});
+  CHECK(names_in(out / "client") ==
+        std::set<std::string>{"client.safetensors", "cloak.key", "engine.json",
+                              "generation_config.json", "tokenizer.json", "tokenizer_config.json"});
+  CHECK(stages == std::vector<std::string>{"cloak", "client", "body", "check"});
+  CHECK(result->saved_bytes == 128 * 64 * 2);
+  CHECK(result->client_bytes == 128 * 64 * 2 + 64 * 4);
+  CHECK(logs.has(LogLevel::kInfo, "MB"));
+
+  nlohmann::json config, manifest;
+  std::ifstream(out / "body" / "config.json") >> config;
+  std::ifstream(out / "body" / "infemeral.json") >> manifest;
+  CHECK(config["vocab_size"] == 1);
+  CHECK(config["tie_word_embeddings"] == true);
+  CHECK(config["torch_dtype"] == "float16");
+  for (const char* name : {"bos_token_id", "eos_token_id", "pad_token_id"}) {
+    CHECK(config[name].is_null());
+  }
+  CHECK(manifest["format_version"] == 1);
+  CHECK(manifest["body_dtype"] == "F16");
+  CHECK(manifest["cloak_commitment"] == fingerprint_text(seed.commitment()));
+  CHECK(manifest["model_fingerprint"] == fingerprint_text(result->model_fingerprint));
+  CHECK(manifest.size() == 4);
+
+  const auto body = Safetensors::open_folder(out / "body");
+  REQUIRE(body.ok());
+  const std::size_t one_row[] = {1, 64};
+  const auto embed = body->get("model.embed_tokens.weight", one_row);
+  REQUIRE(embed.ok());
+  for (const double value : values_of(*embed)) CHECK(value == 0);
+  for (const auto& [name, view] : body->tensors()) {
+    CHECK(view.dtype == Dtype::kF16);
+    if (name.find("norm.weight") == std::string::npos) continue;
+    for (const double value : values_of(view)) CHECK(value == 1);
+  }
+  CHECK(body->find("lm_head.weight") == nullptr);
+
+  const auto client = load_client_manifest(out / "client");
+  REQUIRE(client.ok());
+  CHECK(client->cloak_mode == CloakMode::kLazy);
+  CHECK(client->model_fingerprint == result->model_fingerprint);
+  CHECK(client->max_context == 256);
+}
+
+TEST_CASE("a body larger than a shard becomes shards with an index") {
+  const TempFolder temp;
+  make_tiny_model(temp.path() / "model", {});
+  const CloakSeed seed = CloakSeed::random();
+  const std::size_t max_bytes = 40000;
+  for (const auto& [out, size] :
+       {std::pair("one", std::size_t{4'000'000'000}), std::pair("many", max_bytes)}) {
+    REQUIRE(prepare_model({.model_dir = temp.path() / "model",
+                           .output_dir = temp.path() / out,
+                           .seed = &seed,
+                           .max_shard_bytes = size})
+                .ok());
+  }
+  const auto one = Safetensors::open_folder(temp.path() / "one" / "body");
+  const auto many = Safetensors::open_folder(temp.path() / "many" / "body");
+  REQUIRE(one.ok());
+  REQUIRE(many.ok());
+  REQUIRE(one->tensors().size() == many->tensors().size());
+  for (const auto& [name, view] : one->tensors()) {
+    const auto other = many->get(name, view.shape);
+    REQUIRE(other.ok());
+    CHECK(std::ranges::equal(view.data, other->data));
+  }
+  std::size_t shards = 0;
+  for (const auto& entry : fs::directory_iterator(temp.path() / "many" / "body")) {
+    if (entry.path().extension() != ".safetensors") continue;
+    ++shards;
+    CHECK(entry.file_size() < max_bytes + 8192);
+  }
+  CHECK(shards > 2);
+}
+
+TEST_CASE("tied embeddings are found by comparing the tensors") {
+  const TempFolder temp;
+  const fs::path model = temp.path() / "model";
+  make_tiny_model(model, {});  // untied, says so
+  int n = 0;
+  Logs logs;
+  const auto prepare = [&] {
+    logs.lines.clear();
+    return prepare_model(
+        {.model_dir = model, .output_dir = temp.path() / std::to_string(n++), .log = logs.sink()});
+  };
+  const auto set_config = [&](bool tied) {
+    nlohmann::json config;
+    std::ifstream(model / "config.json") >> config;
+    config["tie_word_embeddings"] = tied;
+    std::ofstream(model / "config.json") << config;
+  };
+  CHECK_FALSE(prepare()->tied_embeddings);
+
+  // The configuration says tied, the tensors differ: both are kept, with a word.
+  set_config(true);
+  CHECK_FALSE(prepare()->tied_embeddings);
+  CHECK(logs.has(LogLevel::kWarning, "tie_word_embeddings"));
+
+  // The same values, whatever the configuration says.
+  std::vector<float> embed;
+  edit_model(model, [&](const std::string& name, std::vector<float>& values) {
+    if (name == "lm_head.weight") embed = values;
+  });
+  edit_model(model, [&](const std::string& name, std::vector<float>& values) {
+    if (name == "model.embed_tokens.weight") values = embed;
+  });
+  set_config(false);
+  const auto tied = prepare();
+  REQUIRE(tied.ok());
+  CHECK(tied->tied_embeddings);
+  CHECK(logs.has(LogLevel::kInfo, "saves"));
+
+  // One value in the last place.
+  edit_model(model, [&](const std::string& name, std::vector<float>& values) {
+    if (name == "lm_head.weight") values.back() = std::nextafter(values.back(), 100.0f);
+  });
+  CHECK_FALSE(prepare()->tied_embeddings);
+
+  // No lm_head: the configuration decides, and must not contradict.
+  edit_model(model, [](const std::string&, std::vector<float>&) {}, {"lm_head.weight"});
+  const absl::Status incomplete = prepare().status();
+  CHECK(absl::IsInvalidArgument(incomplete));
+  CHECK(std::string(incomplete.message()).find("lm_head.weight") != std::string::npos);
+  set_config(true);
+  CHECK(prepare()->tied_embeddings);
+}
+
+TEST_CASE("the fingerprint is the model's: not the files', not the cloak's") {
+  const TempFolder temp;
+  make_tiny_model(temp.path() / "single", {.tied = true, .seed = 5});
+  make_tiny_model(temp.path() / "sharded", {.tied = true, .sharded = true, .seed = 5});
+  make_tiny_model(temp.path() / "other", {.tied = true, .seed = 6});
+  make_tiny_model(temp.path() / "eps",
+                  {.tied = true, .seed = 5, .config_patch = R"({"rms_norm_eps": 1e-6})"});
+  std::vector<Fingerprint> prints;
+  for (const char* name : {"single", "sharded", "other", "eps"}) {
+    const auto result =
+        prepare_model({.model_dir = temp.path() / name, .output_dir = temp.path() / "out" / name});
+    REQUIRE(result.ok());
+    prints.push_back(result->model_fingerprint);
+  }
+  CHECK(prints[0] == prints[1]);
+  CHECK(prints[0] != prints[2]);
+  CHECK(prints[0] != prints[3]);
+}
+
+TEST_CASE("values that a dtype cannot hold are reported, and nothing is left behind") {
+  const TempFolder temp;
+  const fs::path model = temp.path() / "model", out = temp.path() / "out";
+  make_tiny_model(model, {});
+  edit_model(model, [](const std::string& name, std::vector<float>& values) {
+    if (name == "model.embed_tokens.weight") values[7] = values[9] = -70123.0f;
+  });
+  absl::Status status = prepare_model({.model_dir = model, .output_dir = out}).status();
+  CHECK(absl::IsInvalidArgument(status));
+  std::string message(status.message());
+  CHECK(message.find("model.embed_tokens.weight") != std::string::npos);
+  CHECK(message.find("2 values") != std::string::npos);
+  CHECK(message.find("70123") != std::string::npos);
+  CHECK_FALSE(fs::exists(out));
+
+  fs::remove_all(model);
+  make_tiny_model(model, {});
+  edit_model(model, [](const std::string& name, std::vector<float>& values) {
+    if (name == "model.layers.1.mlp.down_proj.weight") values[5] = 1e9f;
+  });
+  status = prepare_model({.model_dir = model, .output_dir = out}).status();
+  CHECK(absl::IsInvalidArgument(status));
+  message = std::string(status.message());
+  CHECK(message.find("model.layers.1.mlp.down_proj.weight") != std::string::npos);
+  CHECK(message.find("F16") != std::string::npos);
+  CHECK_FALSE(fs::exists(out));
+  CHECK(prepare_model({.model_dir = model, .output_dir = out, .body_dtype = Dtype::kF32}).ok());
+}
+
+TEST_CASE("what exists is not overwritten, unless it is ours and asked for") {
+  const TempFolder temp;
+  const fs::path model = temp.path() / "model", out = temp.path() / "out";
+  make_tiny_model(model, {});
+  const auto prepare = [&](bool overwrite) {
+    return prepare_model({.model_dir = model, .output_dir = out, .overwrite = overwrite});
+  };
+  REQUIRE(prepare(false).ok());
+  std::string key = *read_text_file(out / "client" / "cloak.key", 100);
+  CHECK(absl::IsAlreadyExists(prepare(false).status()));
+  CHECK(*read_text_file(out / "client" / "cloak.key", 100) == key);
+  REQUIRE(prepare(true).ok());
+  CHECK(*read_text_file(out / "client" / "cloak.key", 100) != key);
+  CHECK(names_in(out) == std::set<std::string>{"body", "client"});
+
+  fs::remove(out / "body" / "infemeral.json");
+  std::ofstream(out / "body" / "precious") << "data";
+  CHECK(absl::IsAlreadyExists(prepare(true).status()));
+  CHECK(fs::exists(out / "body" / "precious"));
+}
+
+TEST_CASE("an interrupted preparation leaves nothing, at whatever moment it stops") {
+  const TempFolder temp;
+  const fs::path model = temp.path() / "model", out = temp.path() / "out";
+  make_tiny_model(model, {});
+  int calls = 0;
+  REQUIRE(prepare_model({.model_dir = model,
+                         .output_dir = out,
+                         .progress = [&](std::string_view, double, double) { ++calls; }})
+              .ok());
+  fs::remove_all(out);
+  for (int stop_at = 0; stop_at < calls; ++stop_at) {
+    std::stop_source source;
+    int call = 0;
+    const absl::Status status = prepare_model({.model_dir = model,
+                                               .output_dir = out,
+                                               .progress =
+                                                   [&](std::string_view, double, double) {
+                                                     if (call++ == stop_at) source.request_stop();
+                                                   },
+                                               .stop = source.get_token()})
+                                    .status();
+    INFO(stop_at);
+    CHECK(absl::IsCancelled(status));
+    CHECK_FALSE(fs::exists(out));
+  }
+}
+
+TEST_CASE("bad models are refused with their reason, before anything is written") {
+  struct Case {
+    const char* what;
+    std::function<void(const fs::path&)> spoil;
+    const char* message;
+  };
+  const Case cases[] = {
+      {"no weights", [](const fs::path& m) { fs::remove(m / "model.safetensors"); },
+       "model.safetensors"},
+      {"no config", [](const fs::path& m) { fs::remove(m / "config.json"); }, "config.json"},
+      {"no tokenizer", [](const fs::path& m) { fs::remove(m / "tokenizer.json"); },
+       "tokenizer.json"},
+      {"cut weights", [](const fs::path& m) { fs::resize_file(m / "model.safetensors", 9000); },
+       "model.safetensors"},
+      {"a layer's tensor is missing",
+       [](const fs::path& m) {
+         edit_model(m, [](const std::string&, std::vector<float>&) {},
+                    {"model.layers.1.self_attn.o_proj.weight"});
+       },
+       "model.layers.1.self_attn.o_proj.weight"},
+      {"NaN in a weight",
+       [](const fs::path& m) {
+         edit_model(m, [](const std::string& name, std::vector<float>& values) {
+           if (name == "model.layers.0.mlp.up_proj.weight") values[0] = NAN;
+         });
+       },
+       "model.layers.0.mlp.up_proj.weight"},
+  };
+  for (const Case& c : cases) {
+    INFO(c.what);
+    const TempFolder temp;
+    make_tiny_model(temp.path() / "model", {});
+    c.spoil(temp.path() / "model");
+    const absl::Status status =
+        prepare_model({.model_dir = temp.path() / "model", .output_dir = temp.path() / "out"})
+            .status();
+    INFO(status.ToString());
+    CHECK_FALSE(status.ok());
+    CHECK_FALSE(absl::IsInternal(status));
+    CHECK(std::string(status.message()).find(c.message) != std::string::npos);
+    CHECK_FALSE(fs::exists(temp.path() / "out"));
+  }
+  const TempFolder temp;
+  make_tiny_model(temp.path() / "model", {});
+  std::ofstream(temp.path() / "file") << "x";
+  CHECK_FALSE(
+      prepare_model({.model_dir = temp.path() / "model", .output_dir = temp.path() / "file"}).ok());
+}
+
+TEST_CASE("tensors that are no part of the model are named, and left out") {
+  const TempFolder temp;
+  make_tiny_model(temp.path() / "model", {.model_type = "llama", .biases = true});
+  nlohmann::json config;
+  std::ifstream(temp.path() / "model" / "config.json") >> config;
+  config["mlp_bias"] = false;
+  std::ofstream(temp.path() / "model" / "config.json") << config;
+  Logs logs;
+  REQUIRE(prepare_model({.model_dir = temp.path() / "model",
+                         .output_dir = temp.path() / "out",
+                         .log = logs.sink()})
+              .ok());
+  CHECK(logs.has(LogLevel::kWarning, "model.layers.1.mlp.down_proj.bias"));
+}
+
+}  // namespace infemeral
