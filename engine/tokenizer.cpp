@@ -80,6 +80,7 @@ Template read_template(const nlohmann::json& document) {
 AddedToken read_added_token(const nlohmann::json& entry, const std::string& where) {
   AddedToken token;
   token.content = tok::string_member(entry, "content", where);
+  token.decoded = token.content;
   const std::size_t id = tok::count_member(entry, "id", where);
   if (id > 0x7FFFFFFE) invalid(where, absl::StrCat("the id ", id, " is out of range"));
   token.id = static_cast<std::int32_t>(id);
@@ -179,7 +180,7 @@ void Tokenizer::Impl::read_added_tokens(const nlohmann::json& document) {
   }
   for (const bool special : {true, false}) {
     for (const std::int32_t id : ids) {
-      const AddedToken& token = added.at(id);
+      AddedToken& token = added.at(id);
       if (token.special != special) continue;
       if (!token.normalized) {
         raw_matcher.add(token, token.content);
@@ -192,12 +193,13 @@ void Tokenizer::Impl::read_added_tokens(const nlohmann::json& document) {
                     absl::StrCat(shown(token.content), ", which normalises to nothing,"));
       }
       normalized_matcher.add(token, pattern.bytes);
+      token.decoded = std::move(pattern.bytes);
     }
   }
 }
 
 const std::string* Tokenizer::Impl::token(std::int32_t id) const {
-  if (const auto it = added.find(id); it != added.end()) return &it->second.content;
+  if (const auto it = added.find(id); it != added.end()) return &it->second.decoded;
   const auto index = static_cast<std::size_t>(id);
   if (id < 0 || index >= model.tokens().size() || !model.tokens()[index].has_value())
     return nullptr;

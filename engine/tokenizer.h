@@ -56,14 +56,16 @@ class Tokenizer {
     bool parse_special;
   };
   // One text in parts. Special tokens are recognised in the parts that ask for it (across the
-  // border of two such parts too), never where a byte of another part takes part. Between them the
-  // text is tokenised as a whole: where no other part reads like a special token, the ids are those
-  // of the joined text with parse_special. A character must not be cut by a border.
+  // border of two such parts too), never where a byte of their content comes from another part.
+  // Between them the text is tokenised as a whole: where no other part reads like a special token,
+  // the ids are those of the joined text with parse_special. A character must not be cut by a
+  // border.
   absl::StatusOr<std::vector<std::int32_t>> encode_segments(std::span<const Segment> segments,
                                                             bool add_special_tokens) const;
 
   // Valid UTF-8; bytes that do not make characters become U+FFFD. Ids that are no tokens are left
-  // out.
+  // out. skip_special_tokens leaves out every special token; Hugging Face 0.23 keeps those that the
+  // file's normaliser changes (`"normalized": true` in old Llama files).
   std::string decode(std::span<const std::int32_t> ids, bool skip_special_tokens) const;
 
   std::optional<std::int32_t> token_id(std::string_view content) const;

@@ -60,7 +60,8 @@ void AddedTokenMatcher::add(const AddedToken& token, std::string_view pattern) {
   std::int32_t& rule = rule_at_[static_cast<std::size_t>(node)];
   if (rule >= 0) return;
   rule = static_cast<std::int32_t>(rules_.size());
-  rules_.push_back({token.id, token.special, token.single_word, token.lstrip, token.rstrip});
+  rules_.push_back({token.id, token.special, token.single_word, token.lstrip, token.rstrip,
+                    pattern.ends_with(token.content) ? pattern.size() - token.content.size() : 0});
 }
 
 AddedTokenMatcher::Match AddedTokenMatcher::longest_at(std::string_view text,
@@ -68,19 +69,24 @@ AddedTokenMatcher::Match AddedTokenMatcher::longest_at(std::string_view text,
                                                        std::size_t begin) const {
   Match best;
   std::int32_t node = 0;
-  bool all_trusted = true, none_trusted = true;
   for (std::size_t pos = begin; pos < text.size();) {
     const auto it = edges_.find(edge(node, text[pos]));
     if (it == edges_.end()) break;
     node = it->second;
-    (marks[pos] == MarkedText::kTrusted ? none_trusted : all_trusted) = false;
     ++pos;
     const std::int32_t index = rule_at_[static_cast<std::size_t>(node)];
     if (index < 0) continue;
     const Rule& rule = rules_[static_cast<std::size_t>(index)];
-    // A special token half in untrusted text is none, and what follows it may be one.
-    if (rule.special && !all_trusted && !none_trusted) continue;
-    best = {pos, &rule, rule.special && none_trusted};
+    bool as_text = false;
+    if (rule.special) {
+      const std::string_view content_marks =
+          marks.substr(begin + rule.prefix, pos - begin - rule.prefix);
+      as_text = content_marks.find(MarkedText::kTrusted) == std::string_view::npos;
+      // Half in untrusted text it is no token, and what follows may be one.
+      if (!as_text && content_marks.find(MarkedText::kUntrusted) != std::string_view::npos)
+        continue;
+    }
+    best = {pos, &rule, as_text};
   }
   return best;
 }

@@ -13,6 +13,7 @@ namespace infemeral::tok {
 
 struct AddedToken {
   std::string content;
+  std::string decoded;  // what it is decoded to: the content, normalised where that is asked for
   std::int32_t id = 0;
   bool special = false;
   bool normalized = false;   // looked for in the normalised text
@@ -37,14 +38,15 @@ class AddedTokenMatcher {
   void add(const AddedToken& token, std::string_view pattern);
 
   // Appends to `pieces`, in order. `marks` as in MarkedText: special tokens are recognised where
-  // every byte is trusted. A special token in untrusted text is passed over as a whole, as Hugging
-  // Face's encode_special_tokens does.
+  // every byte of their content is trusted. A special token in untrusted text is passed over as a
+  // whole, as Hugging Face's encode_special_tokens does.
   void split(std::string_view text, std::string_view marks, std::vector<AddedPiece>& pieces) const;
 
  private:
   struct Rule {
     std::int32_t id;
     bool special, single_word, lstrip, rstrip;
+    std::size_t prefix;  // bytes of the pattern that normalising put before the content
   };
   struct Match {
     std::size_t end = 0;  // 0: none

@@ -105,7 +105,10 @@ void Normalizer::run(const UnicodeForm& step, MarkedText& text) {
       result.marks += marks;
       return;
     }
+    const std::size_t start = result.bytes.size();
     normalize_block(block, options, buffer, result.bytes);
+    // The ASCII character in front is still itself, unless a mark went into it.
+    if (is_ascii(block[0]) && result.bytes[start] == block[0]) result.marks.push_back(marks[0]);
     const bool trusted = marks.find(MarkedText::kUntrusted) == std::string_view::npos;
     result.marks.resize(result.bytes.size(),
                         trusted ? MarkedText::kTrusted : MarkedText::kUntrusted);

@@ -66,8 +66,8 @@ constexpr CodePointRange kAlphabeticSymbols[] = {
     {0x24B6, 0x24E9}, {0x1F130, 0x1F149}, {0x1F150, 0x1F169}, {0x1F170, 0x1F189}};
 
 // Marks with a combining class, characters with a decomposition, and one with a composition
-// (U+11930), that Hugging Face's NFC, NFD, NFKC and NFKD leave alone. Found by normalising every
-// code point, alone and beside a mark, with both.
+// (U+11930), of up to Unicode 14 that Hugging Face's NFC, NFD, NFKC and NFKD leave alone. Found by
+// normalising every code point, alone and beside a mark, with both.
 constexpr CodePointRange kUnknownToNormalizer[] = {
     {0x7FD, 0x7FD},     {0x898, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},
     {0xC3C, 0xC3C},     {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},
@@ -140,7 +140,8 @@ bool is_word(char32_t c) {
 }
 
 bool is_unknown_to_normalizer(char32_t c) {
-  return find_range(kUnknownToNormalizer, c) != nullptr;
+  return find_range(kUnknownToNormalizer, c) != nullptr ||
+         find_range(kSinceUnicode14, c) != nullptr;
 }
 
 char32_t next_char(std::string_view s, std::size_t& pos) {
