@@ -3,7 +3,6 @@
 #include <lz4.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "absl/strings/str_cat.h"
 
@@ -54,8 +53,8 @@ absl::Status unpack_tensor(const PackedTensor& packed, std::size_t expected,
       return absl::InvalidArgumentError(
           absl::StrCat("a tensor of ", expected, " bytes came with ", size));
     }
-    rows.resize(expected);
-    std::memcpy(rows.data(), packed.bytes.data(), expected);
+    const auto* begin = reinterpret_cast<const std::byte*>(packed.bytes.data());
+    rows.assign(begin, begin + size);
     return absl::OkStatus();
   }
   const bool possible = expected > kMinCompressBytes && expected <= LZ4_MAX_INPUT_SIZE &&
