@@ -29,16 +29,21 @@ constexpr size_t kPanelCols = 32;  // rows of W in a panel: 64 KiB of f16 per k 
 constexpr size_t kVectorCols = 8;  // rows of W at once for a single row of A
 
 // With `Ahead`, the W of the next tile is fetched meanwhile: from memory, where the hardware's own
-// prefetchers would lose time finding its N streams.
+// prefetchers would lose time finding its N streams. Short tiles look further than the next one, or
+// the fetch would not be back in time.
+constexpr size_t kAheadBytes = 4096;
+
 template <size_t R, size_t N, bool Ahead, typename W>
 INFEMERAL_INLINE void multiply_tile(const float* a, size_t lda, const W* const (&w)[N], size_t ldw,
                                     size_t k, Vec (&acc)[R][N]) {
+  const size_t enough = kAheadBytes / sizeof(W);
+  const size_t ahead = N * ldw > enough ? N * ldw : enough;
   size_t i = 0;
   for (; i + kLanes <= k; i += kLanes) {
     Vec av[R];
     for (size_t r = 0; r < R; ++r) av[r] = load(a + r * lda + i);
     for (size_t j = 0; j < N; ++j) {
-      if constexpr (Ahead) __builtin_prefetch(w[j] + i + N * ldw);
+      if constexpr (Ahead) __builtin_prefetch(w[j] + i + ahead);
       const Vec wv = load(w[j] + i);
       for (size_t r = 0; r < R; ++r) acc[r][j] = fma(av[r], wv, acc[r][j]);
     }
@@ -156,7 +161,7 @@ void matmul(const Product& p) {
 //
 // R rows of C times V vectors of columns in registers, along k.
 
-template <size_t R, size_t V, typename W>
+template <size_t R, size_t V, bool Ahead, typename W>
 INFEMERAL_INLINE void accumulate_tile(const Product& p, size_t i0, size_t j0) {
   Vec acc[R][V];
   for (size_t r = 0; r < R; ++r) {
@@ -165,7 +170,10 @@ INFEMERAL_INLINE void accumulate_tile(const Product& p, size_t i0, size_t j0) {
   const W* w = static_cast<const W*>(p.w) + j0;
   for (size_t i = 0; i < p.k; ++i, w += p.ldw) {
     Vec wv[V];
-    for (size_t v = 0; v < V; ++v) wv[v] = load(w + v * kLanes);
+    for (size_t v = 0; v < V; ++v) {
+      if constexpr (Ahead) __builtin_prefetch(w + v * kLanes + kAheadBytes / sizeof(W));
+      wv[v] = load(w + v * kLanes);
+    }
     for (size_t r = 0; r < R; ++r) {
       const Vec x = broadcast(p.a[(i0 + r) * p.lda + i]);
       for (size_t v = 0; v < V; ++v) acc[r][v] = fma(x, wv[v], acc[r][v]);
@@ -189,23 +197,33 @@ void accumulate_edge(const Product& p, size_t i0, size_t j0) {
   store(c, acc, n);
 }
 
-template <size_t R, typename W>
+template <size_t R, bool First, typename W>
 void accumulate_rows(const Product& p, size_t i0) {
   constexpr size_t kVecs = 4;
   size_t j = 0;
-  for (; j + kVecs * kLanes <= p.n; j += kVecs * kLanes) accumulate_tile<R, kVecs, W>(p, i0, j);
-  for (; j + kLanes <= p.n; j += kLanes) accumulate_tile<R, 1, W>(p, i0, j);
+  for (; j + kVecs * kLanes <= p.n; j += kVecs * kLanes) {
+    accumulate_tile<R, kVecs, First, W>(p, i0, j);
+  }
+  for (; j + kLanes <= p.n; j += kLanes) accumulate_tile<R, 1, First, W>(p, i0, j);
   if (j < p.n) {
     for (size_t r = 0; r < R; ++r) accumulate_edge<W>(p, i0 + r, j);
+  }
+}
+
+template <size_t R, typename W>
+INFEMERAL_INLINE void accumulate_some_rows(const Product& p, size_t rows, size_t i0) {
+  if constexpr (R > 0) {
+    if (rows != R) return accumulate_some_rows<R - 1, W>(p, rows, i0);
+    i0 == 0 ? accumulate_rows<R, true, W>(p, i0) : accumulate_rows<R, false, W>(p, i0);
   }
 }
 
 template <typename W>
 void accumulate(const Product& p) {
   constexpr size_t kRows = kTileRows > 4 ? 4 : 2;
-  size_t i = 0;
-  for (; i + kRows <= p.m; i += kRows) accumulate_rows<kRows, W>(p, i);
-  for (; i < p.m; ++i) accumulate_rows<1, W>(p, i);
+  for (size_t i = 0; i < p.m; i += kRows) {
+    accumulate_some_rows<kRows, W>(p, p.m - i < kRows ? p.m - i : kRows, i);
+  }
 }
 
 // ----------------------------------------------------------------------------------- elementwise
