@@ -13,7 +13,7 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
   }
   if (options.name != "auto" && options.name != "cpu") {
     return absl::InvalidArgumentError(
-        cat("there is no backend ", quoted(options.name), "; choose auto, cpu or cuda"));
+        cat("there is no backend ", quote_name(options.name), "; choose auto, cpu or cuda"));
   }
   auto backend = make_cpu_client_backend(std::move(folder), {.threads = options.threads});
   if (backend.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*backend)->name()));

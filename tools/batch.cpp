@@ -17,7 +17,7 @@ using OrderedJson = nlohmann::ordered_json;
 constexpr std::size_t kMaxInputBytes = std::size_t{1} << 30;
 
 absl::Status bad_field(std::string_view name, std::string_view wanted) {
-  return absl::InvalidArgumentError(cat("field ", quoted(name), " must be ", wanted));
+  return absl::InvalidArgumentError(cat("field ", quote_name(name), " must be ", wanted));
 }
 
 absl::Status read_number(const Json& value, std::string_view name, std::optional<float>& out) {
@@ -104,7 +104,7 @@ absl::Status read_body(const Json& body, bool openai, BatchItem& item) {
       item.id = value.get<std::string>();
     } else if (!openai || !is_neutral(name, value)) {
       return absl::InvalidArgumentError(
-          cat("field ", quoted(name), openai ? " is not supported at this value" : " is unknown"));
+          cat("field ", quote_name(name), openai ? " is not supported at this value" : " is unknown"));
     }
     if (!status.ok()) return status;
   }
@@ -117,7 +117,7 @@ absl::Status read_body(const Json& body, bool openai, BatchItem& item) {
 absl::Status read_openai(const Json& line, BatchItem& item) {
   for (const auto& [name, value] : line.items()) {
     if (name != "custom_id" && name != "method" && name != "url" && name != "body") {
-      return absl::InvalidArgumentError(cat("field ", quoted(name), " is unknown"));
+      return absl::InvalidArgumentError(cat("field ", quote_name(name), " is unknown"));
     }
   }
   if (!line["custom_id"].is_string()) return bad_field("custom_id", "a string");
