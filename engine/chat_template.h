@@ -1,0 +1,70 @@
+// The prompt format of a chat model, as its tokenizer_config.json gives it.
+//
+// The file holds a Jinja program. This is no Jinja interpreter: it recognises the formats below and
+// writes them itself, so that what a user types can be told from the model's own markup. Tools and
+// tool results are not covered.
+//   ChatML    Qwen2, Qwen2.5, SmolLM2 and others, with the template's default system message
+//   Qwen3     ChatML that cuts the reasoning out of earlier answers
+//   Llama 3   also 3.1 to 3.3, whose system message carries dates; "Today Date" is the templates'
+//             fallback, 26 Jul 2024, so that a prompt does not depend on the day
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/tokenizer.h"
+
+namespace infemeral {
+
+struct ChatMessage {
+  std::string role;  // "system", "user" or "assistant"
+  std::string content;
+};
+
+// Immutable; safe to share between threads.
+class ChatTemplate {
+ public:
+  // NotFound: no such file. FailedPrecondition: no chat template in it. Unimplemented: a template
+  // of another format. InvalidArgument: not a tokenizer_config.json. load() also takes the template
+  // from a chat_template.jinja beside the file, where newer models keep it.
+  static absl::StatusOr<ChatTemplate> load(const std::filesystem::path& tokenizer_config_json);
+  static absl::StatusOr<ChatTemplate> parse(std::string_view json);
+
+  // The prompt's token ids. Only the format's own markup becomes control tokens; text in a message
+  // that reads like one stays text. InvalidArgument: no message, or a role other than the three.
+  absl::StatusOr<std::vector<std::int32_t>> encode(const Tokenizer& tokenizer,
+                                                   std::span<const ChatMessage> messages,
+                                                   bool add_generation_prompt) const;
+
+  // The prompt as text, for people to look at: here markup and content cannot be told apart.
+  absl::StatusOr<std::string> render(std::span<const ChatMessage> messages,
+                                     bool add_generation_prompt) const;
+
+ private:
+  enum class Format { kChatMl, kQwen3, kLlama3 };
+  struct Part {
+    std::string text;
+    bool markup;
+  };
+  class Writer;
+
+  static absl::StatusOr<ChatTemplate> recognise(std::string_view jinja, std::string bos_token);
+  absl::StatusOr<std::vector<Part>> parts(std::span<const ChatMessage> messages,
+                                          bool add_generation_prompt) const;
+  void write_chatml(std::span<const ChatMessage> messages, Writer& out) const;
+  void write_qwen3(std::span<const ChatMessage> messages, Writer& out) const;
+  void write_llama3(std::span<const ChatMessage> messages, Writer& out) const;
+
+  Format format_ = Format::kChatMl;
+  std::string default_system_;    // ChatML: said when the first message is no system message
+  bool dates_ = false;            // Llama 3.1 and later
+  bool always_generate_ = false;  // the first Llama 3 template prompts for an answer always
+  std::string bos_token_;
+};
+
+}  // namespace infemeral
