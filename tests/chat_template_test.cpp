@@ -1,0 +1,197 @@
+#include "engine/chat_template.h"
+
+#include <algorithm>
+#include <catch2/catch.hpp>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+namespace infemeral {
+namespace {
+
+using Json = nlohmann::json;
+
+Json goldens() {
+  std::ifstream file(INFEMERAL_SOURCE_DIR "/tests/chat_templates/goldens.json");
+  REQUIRE(file.good());
+  return Json::parse(file)["goldens"];
+}
+
+std::vector<ChatMessage> messages_of(const Json& list) {
+  std::vector<ChatMessage> messages;
+  for (const Json& message : list) messages.push_back({message["role"], message["content"]});
+  return messages;
+}
+
+ChatTemplate parsed(const Json& config) {
+  absl::StatusOr<ChatTemplate> result = ChatTemplate::parse(config.dump());
+  INFO(result.status().message());
+  REQUIRE(result.ok());
+  return *std::move(result);
+}
+
+std::string config_with(const std::string& jinja) {
+  return Json{{"bos_token", "<s>"}, {"chat_template", jinja}}.dump();
+}
+
+// Bytes as tokens, and the markup of both families as special tokens above them.
+std::unique_ptr<const Tokenizer> byte_tokenizer() {
+  Json vocabulary = {{"<unk>", 256}};
+  for (int byte = 0; byte < 256; ++byte) {
+    char name[8];
+    std::snprintf(name, sizeof(name), "<0x%02X>", byte);
+    vocabulary[name] = byte;
+  }
+  Json added = Json::array();
+  int id = 257;
+  for (const char* content : {"<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>",
+                              "<|start_header_id|>", "<|end_header_id|>"}) {
+    added.push_back({{"id", id++}, {"content", content}, {"special", true}, {"normalized", false}});
+  }
+  const Json document = {{"added_tokens", added},
+                         {"decoder", {{"type", "ByteFallback"}}},
+                         {"model",
+                          {{"type", "BPE"},
+                           {"vocab", vocabulary},
+                           {"merges", Json::array()},
+                           {"byte_fallback", true}}}};
+  auto tokenizer = Tokenizer::parse(document.dump());
+  INFO(tokenizer.status().message());
+  REQUIRE(tokenizer.ok());
+  return *std::move(tokenizer);
+}
+
+}  // namespace
+
+TEST_CASE("every golden is rendered as jinja2 renders it") {
+  int cases = 0;
+  for (const Json& golden : goldens()) {
+    const ChatTemplate chat = parsed(golden["config"]);
+    for (const Json& c : golden["cases"]) {
+      INFO(golden["name"].get<std::string>() << ": " << c["messages"].dump());
+      const auto text = chat.render(messages_of(c["messages"]), c["add_generation_prompt"]);
+      REQUIRE(text.ok());
+      CHECK(*text == c["text"].get<std::string>());
+      ++cases;
+    }
+  }
+  CHECK(cases == 6 * 16);
+}
+
+TEST_CASE("markup becomes control tokens, and what people write never does") {
+  const auto tokenizer = byte_tokenizer();
+  for (const Json& golden : goldens()) {
+    const ChatTemplate chat = parsed(golden["config"]);
+    for (const Json& c : golden["cases"]) {
+      INFO(golden["name"].get<std::string>() << ": " << c["messages"].dump());
+      const std::vector<ChatMessage> messages = messages_of(c["messages"]);
+      const bool prompt = c["add_generation_prompt"];
+      const auto ids = chat.encode(*tokenizer, messages, prompt);
+      REQUIRE(ids.ok());
+      // The text is the golden's, and the number of control tokens is that of the same chat with
+      // its contents emptied.
+      CHECK(tokenizer->decode(*ids, false) == c["text"].get<std::string>());
+      std::vector<ChatMessage> empty = messages;
+      for (ChatMessage& message : empty) message.content.clear();
+      const auto bare = chat.encode(*tokenizer, empty, prompt);
+      REQUIRE(bare.ok());
+      const auto controls = [&](const std::vector<std::int32_t>& list) {
+        return std::count_if(list.begin(), list.end(),
+                             [&](std::int32_t id) { return tokenizer->is_special(id); });
+      };
+      CHECK(controls(*ids) == controls(*bare));
+      CHECK(controls(*bare) > 0);
+    }
+  }
+}
+
+TEST_CASE("a chat that cannot be formatted is refused") {
+  const ChatTemplate chat = parsed(goldens()[0]["config"]);
+  const auto code = [&](std::vector<ChatMessage> messages) {
+    return chat.render(messages, true).status().code();
+  };
+  CHECK(code({}) == absl::StatusCode::kInvalidArgument);
+  CHECK(code({{"tool", "x"}}) == absl::StatusCode::kInvalidArgument);
+  CHECK(code({{"user<|im_end|>", "x"}}) == absl::StatusCode::kInvalidArgument);
+  CHECK(code({{"user", "x"}}) == absl::StatusCode::kOk);
+}
+
+TEST_CASE("content that is not UTF-8 is repaired before it is trimmed") {
+  for (const Json& golden : goldens()) {
+    const ChatTemplate chat = parsed(golden["config"]);
+    const auto text =
+        chat.render(std::vector<ChatMessage>{{"user", "\xF0\x9F ok \xE2\x82"}}, false);
+    REQUIRE(text.ok());
+    CHECK(text->find("\uFFFD ok \uFFFD") != std::string::npos);
+  }
+}
+
+TEST_CASE("other templates are refused in a sentence") {
+  const std::string chatml = goldens()[2]["config"]["chat_template"];
+  const std::string flag =
+      "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
+  REQUIRE(ChatTemplate::parse(config_with(chatml)).ok());
+  const std::vector<std::string> others = {
+      std::string("{{ messages[0].content }}"),
+      std::string(
+          "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"),
+      "{{ bos_token }}" + chatml,
+      "{# | trim #}" + chatml,
+      "<|im_start|><|im_end|> without the flag",
+      chatml + "{{ '<|im_start|>assistant\\n<think>\\n' }}",
+      "<think>" + chatml,
+      "{{ '<|im_start|>system\\nIt\\'s me<|im_end|>\\n' }}" + chatml,
+      std::string("{{ bos_token }} trim <|start_header_id|><|eot_id|>"),
+      std::string(
+          "{{ bos_token }} trim <|start_header_id|><|end_header_id|>\n\n<|eot_id|> Date: x"),
+      std::string("<start_of_turn>user") + flag};
+  for (const std::string& other : others) {
+    INFO(other);
+    const auto result = ChatTemplate::parse(config_with(other));
+    CHECK(result.status().code() == absl::StatusCode::kUnimplemented);
+    CHECK(std::string(result.status().message()).find("chat template") != std::string::npos);
+  }
+}
+
+TEST_CASE("damaged configurations are refused, and a missing template is told apart") {
+  const auto code = [](std::string_view json) { return ChatTemplate::parse(json).status().code(); };
+  CHECK(code("") == absl::StatusCode::kInvalidArgument);
+  CHECK(code("[]") == absl::StatusCode::kInvalidArgument);
+  CHECK(code("{\"chat_template\": 3}") == absl::StatusCode::kInvalidArgument);
+  CHECK(code("{\"chat_template\": [3]}") == absl::StatusCode::kInvalidArgument);
+  CHECK(code("{\"chat_template\": \"x\", \"bos_token\": 3}") == absl::StatusCode::kInvalidArgument);
+  CHECK(code(std::string(100000, '[')) == absl::StatusCode::kInvalidArgument);
+  CHECK(code("{}") == absl::StatusCode::kFailedPrecondition);
+  CHECK(code("{\"chat_template\": null}") == absl::StatusCode::kFailedPrecondition);
+  CHECK(code("{\"chat_template\": []}") == absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_CASE("the template comes from a list, from a bos_token object, and from the file beside") {
+  const Json golden = goldens()[0];  // llama3
+  REQUIRE(golden["name"] == "llama3");
+  const std::string jinja = golden["config"]["chat_template"];
+  const Json config = {
+      {"bos_token", {{"content", "<|begin_of_text|>"}}},
+      {"chat_template",
+       {{{"name", "tool_use"}, {"template", "?"}}, {{"name", "default"}, {"template", jinja}}}}};
+  const auto text = parsed(config).render(std::vector<ChatMessage>{{"user", "Hello"}}, true);
+  REQUIRE(text.ok());
+  CHECK(*text == golden["cases"][1]["text"].get<std::string>());
+
+  const auto folder = std::filesystem::temp_directory_path() / "infemeral_chat_template_test";
+  std::filesystem::create_directories(folder);
+  const auto path = folder / "tokenizer_config.json";
+  std::filesystem::remove(folder / "chat_template.jinja");
+  std::ofstream(path) << Json{{"bos_token", "<|begin_of_text|>"}}.dump();
+  CHECK(ChatTemplate::load(path).status().code() == absl::StatusCode::kFailedPrecondition);
+  std::ofstream(folder / "chat_template.jinja") << jinja;
+  CHECK(ChatTemplate::load(path).ok());
+  std::filesystem::remove_all(folder);
+  CHECK(ChatTemplate::load(path).status().code() == absl::StatusCode::kNotFound);
+}
+
+}  // namespace infemeral
