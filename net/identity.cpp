@@ -90,12 +90,6 @@ absl::StatusOr<Identity> Identity::load(const std::string& path) {
   if (::fstat(file.get(), &info) != 0 || !S_ISREG(info.st_mode)) {
     return absl::InvalidArgumentError(absl::StrCat(path, " is not a key file"));
   }
-  if ((info.st_mode & 077) != 0) {
-    return absl::PermissionDeniedError(
-        absl::StrFormat("the secret key file %s can be read by others (mode %04o); run: chmod 600 "
-                        "%s",
-                        path, info.st_mode & 07777, path));
-  }
   SecretBytes<kMaxKeyFile> buffer;
   std::size_t size = 0;
   while (size < buffer.size()) {
@@ -113,6 +107,12 @@ absl::StatusOr<Identity> Identity::load(const std::string& path) {
   if (text.starts_with(kPublicPrefix)) {
     return absl::InvalidArgumentError(
         absl::StrCat(path, " holds a public key; give the secret key file beside it"));
+  }
+  if ((info.st_mode & 077) != 0) {
+    return absl::PermissionDeniedError(
+        absl::StrFormat("the secret key file %s can be read by others (mode %04o); run: chmod 600 "
+                        "%s",
+                        path, info.st_mode & 07777, path));
   }
   SecretKey secret;
   if (size == buffer.size() || !text.starts_with(kSecretPrefix) ||

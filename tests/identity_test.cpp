@@ -86,8 +86,9 @@ TEST_CASE("secret key files that do not serve are refused, each with its reason"
     CHECK(loaded.status().code() == absl::StatusCode::kPermissionDenied);
     CHECK(std::string(loaded.status().message()).find("chmod 600") != std::string::npos);
   }
+  // Public key files are open to all, which is not what is wrong with them here.
   const auto from_public =
-      Identity::load(folder.write("public", format_public_key(identity.public_key()) + "\n"));
+      Identity::load(folder.write("public", format_public_key(identity.public_key()) + "\n", 0644));
   CHECK(from_public.status().code() == absl::StatusCode::kInvalidArgument);
   CHECK(std::string(from_public.status().message()).find("public key") != std::string::npos);
 
