@@ -156,7 +156,6 @@ class ClientLink : public Link {
   void hang_up();
 
   const ClientLinkOptions options_;  // its identity is not used after connect()
-  const PublicKey public_key_;       // of this client
   const std::string own_name_;
   const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<v1::SplitInference::Stub> stub_;
