@@ -29,7 +29,8 @@ refused() {
   [ ! -s out ] || fail "output on stdout: $*"
 }
 engine_run() { "$tools/engine_run" "$@"; }
-expect_lines() { [ "$(wc -l <"$1")" = "$2" ] || fail "$1 has $(wc -l <"$1") lines, not $2"; }
+lines() { if [ -e "$1" ]; then wc -l <"$1"; else echo 0; fi; }
+expect_lines() { [ "$(lines "$1")" = "$2" ] || fail "$1 has $(lines "$1") lines, not $2"; }
 
 "$make_tiny_model" model || exit 1
 run 0 "$tools/engine_prep" --quiet --model model --output prepared
@@ -164,8 +165,8 @@ refused 3 '127.0.0.1:1' engine_run -m prepared --server 127.0.0.1:1 --server-key
 for i in $(seq 2000); do echo "prompt number $i"; done >many.txt
 engine_run "${remote[@]}" -f many.txt -n 64 --ignore-eos -o many.jsonl >out 2>err </dev/null &
 client=$!
-for _ in $(seq 200); do [ "$(wc -l <many.jsonl 2>/dev/null || echo 0)" -ge 3 ] && break; sleep 0.05; done
-kill -9 "$server"
+for _ in $(seq 200); do [ "$(lines many.jsonl)" -ge 3 ] && break; sleep 0.05; done
+{ kill -9 "$server"; wait "$server"; } 2>/dev/null
 wait "$client"
 code=$?
 server=
@@ -181,7 +182,7 @@ start_server
 remote=(-m prepared --server "$address" --server-key server.key.pub --identity client.key)
 "$tools/engine_run" "${remote[@]}" -f many.txt -n 64 --ignore-eos -o stopped.jsonl >out 2>err </dev/null &
 client=$!
-for _ in $(seq 200); do [ "$(wc -l <stopped.jsonl 2>/dev/null || echo 0)" -ge 1 ] && break; sleep 0.05; done
+for _ in $(seq 200); do [ "$(lines stopped.jsonl)" -ge 1 ] && break; sleep 0.05; done
 kill -TERM "$client"
 wait "$client"
 [ $? = 130 ] || fail "an interrupted run does not exit with 130: $(cat err)"

@@ -103,8 +103,8 @@ absl::Status read_body(const Json& body, bool openai, BatchItem& item) {
       if (!value.is_string()) return bad_field(name, "a string");
       item.id = value.get<std::string>();
     } else if (!openai || !is_neutral(name, value)) {
-      return absl::InvalidArgumentError(
-          cat("field ", quote_name(name), openai ? " is not supported at this value" : " is unknown"));
+      return absl::InvalidArgumentError(cat(
+          "field ", quote_name(name), openai ? " is not supported at this value" : " is unknown"));
     }
     if (!status.ok()) return status;
   }

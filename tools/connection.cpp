@@ -26,8 +26,7 @@ absl::StatusOr<Connection> connect_local(const ConnectionOptions& options,
   const Identity server_identity = Identity::generate();
   const Identity client_identity = Identity::generate();
   auto server = BodyServer::start(
-      *connection.body,
-      {.identity = &server_identity, .allow = {client_identity.public_key()}, .log = options.log});
+      *connection.body, {.identity = &server_identity, .allow = {client_identity.public_key()}});
   if (!server.ok()) return server.status();
   connection.server = *std::move(server);
 

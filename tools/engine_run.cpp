@@ -139,14 +139,15 @@ class Run {
   int operator()() {
     const auto begin = Clock::now();
     if (int code = read_input(); code != kExitOk) return code;
-    if (int code = open_model(); code != kExitOk) return code;
-    description_.load_ms = ms_since(begin);
-    if (options_.check) return check();
-
+    // Before the slow parts: a run must not end at the first result for want of a place to put it.
     auto writer = ResultWriter::open({.file = options_.output_file,
                                       .overwrite = options_.overwrite,
                                       .stream_text = options_.stream});
     if (!writer.ok()) return fail(console_, kExitUsage, writer.status());
+    if (int code = open_model(); code != kExitOk) return code;
+    description_.load_ms = ms_since(begin);
+    if (options_.check) return check();
+
     const auto run_begin = Clock::now();
     int code = run_items(**writer);
     if (const auto status = write_report(ms_since(run_begin)); !status.ok()) {
@@ -324,8 +325,8 @@ class Run {
   absl::Status write_report(double wall_ms) {
     if (options_.report_file.empty()) return absl::OkStatus();
     return replace_file(options_.report_file,
-                           report_.json(description_, connection_.link->counters(),
-                                        backend_->memory(), wall_ms, options_.profile));
+                        report_.json(description_, connection_.link->counters(), backend_->memory(),
+                                     wall_ms, options_.profile));
   }
 
   const RunOptions& options_;
