@@ -13,23 +13,27 @@ readonly PACKAGES=(
   ca-certificates python3-venv
 )
 readonly TEST_PACKAGES=(
-  # formatting; sanitizers and fuzzing, with readable stacks
-  clang-14 clang-format-14 libclang-rt-14-dev llvm-14 valgrind
-  # the reference implementation; OpenBLAS makes it ten times as fast
+  # formatting, sanitizers and fuzzing, with readable stacks
+  clang-14 clang-format-14 git libclang-rt-14-dev llvm-14
+)
+readonly REFERENCE_PACKAGES=(
+  # the implementation that makes tests/golden; OpenBLAS makes it ten times as fast
   python3-torch libopenblas0-pthread
 )
 
 usage() {
   cat <<'TEXT'
-Usage: tools/install_deps.sh [--tests] [--help]
+Usage: tools/install_deps.sh [--tests] [--reference] [--help]
 
 Sets up a Debian 12 machine for this project: Debian packages with apt-get (through sudo when not
 run as root) and a Python virtual environment in .venv at the top of the repository. Asks nothing;
 what is already there is skipped.
 
-  --tests   also what the tests need: clang with its sanitizers, valgrind, PyTorch, and the Python
-            packages of tests/requirements.txt
-  --help    this text
+  --tests       also what the tests need: clang with its sanitizers, and the Python packages of
+                tests/requirements.txt
+  --reference   also what makes the reference answers in tests/golden anew: PyTorch and
+                transformers, in an environment of their own, .venv-reference
+  --help        this text
 TEXT
 }
 
@@ -77,33 +81,35 @@ install_packages() {
     die "apt-get could not install the packages above: see its last lines, then run this again"
 }
 
-# The environment sees Debian's Python packages: PyTorch comes from there. One stamp a requirements
-# file remembers what was installed.
+# install_python VENV REQUIREMENTS [VENV OPTION...]: a stamp remembers what was installed.
 install_python() {
-  local requirements stamp wanted
-  if ! .venv/bin/python -c '' 2>/dev/null; then
-    rm -rf .venv
-    quietly /usr/bin/python3 -m venv --system-site-packages .venv ||
-      die "could not make the Python environment .venv"
+  local venv=$1 requirements=$2 stamp wanted
+  shift 2
+  if ! "$venv/bin/python" -c '' 2>/dev/null; then
+    rm -rf "$venv"
+    quietly /usr/bin/python3 -m venv "$@" "$venv" ||
+      die "could not make the Python environment $venv"
   fi
-  for requirements in "$@"; do
-    stamp=".venv/installed-${requirements//\//-}"
-    wanted=$(cat tools/requirements.txt "$requirements")
-    if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then continue; fi
-    say "installing the Python packages of $requirements"
-    quietly .venv/bin/python -m pip install --disable-pip-version-check -r "$requirements" ||
-      die "pip could not install $requirements: check the network and run this again"
-    echo "$wanted" >"$stamp"
-  done
+  stamp="$venv/installed-${requirements//\//-}"
+  wanted=$(cat tools/requirements.txt "$requirements")
+  if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then return; fi
+  say "installing the Python packages of $requirements"
+  quietly "$venv/bin/python" -m pip install --disable-pip-version-check -r "$requirements" ||
+    die "pip could not install $requirements: check the network and run this again"
+  echo "$wanted" >"$stamp"
 }
 
 main() {
-  local packages=("${PACKAGES[@]}") requirements=(tools/requirements.txt)
+  local packages=("${PACKAGES[@]}") tests='' reference=''
   while (($# > 0)); do
     case $1 in
       --tests)
         packages+=("${TEST_PACKAGES[@]}")
-        requirements+=(tests/requirements.txt)
+        tests=1
+        ;;
+      --reference)
+        packages+=("${REFERENCE_PACKAGES[@]}")
+        reference=1
         ;;
       -h | --help)
         usage
@@ -118,7 +124,11 @@ main() {
   done
   cd "$(dirname "${BASH_SOURCE[0]}")/.."
   install_packages "${packages[@]}"
-  install_python "${requirements[@]}"
+  install_python .venv tools/requirements.txt
+  [[ -z $tests ]] || install_python .venv tests/requirements.txt
+  # Debian's PyTorch is seen through the system's packages.
+  [[ -z $reference ]] ||
+    install_python .venv-reference tests/golden/requirements.txt --system-site-packages
 }
 
 main "$@"

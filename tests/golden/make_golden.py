@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Makes smollm2_greedy.json: what the plain model says to each prompt of prompts.jsonl.
 
-    tools/install_deps.sh --tests && .venv/bin/python tools/demo_model.py
-    .venv/bin/python tests/golden/make_golden.py
+    tools/install_deps.sh --reference && .venv/bin/python tools/demo_model.py
+    .venv-reference/bin/python tests/golden/make_golden.py
 
 Greedy decoding in float32 with a KV cache, always 64 tokens (the end-of-sequence token is a token
 like any other), no penalty. The file is one JSON object:

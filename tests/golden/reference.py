@@ -1,6 +1,6 @@
 """The plain model as an independent implementation runs it: Hugging Face transformers on the CPU.
 
-Shared by the scripts of this folder. The environment comes from tools/install_deps.sh --tests.
+Shared by the scripts of this folder. The environment comes from tools/install_deps.sh --reference.
 """
 
 import hashlib
