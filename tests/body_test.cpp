@@ -530,8 +530,10 @@ TEST_CASE("Llama 3's scaling keeps short wavelengths and stretches long ones") {
   const RopeTable scaled(config);
   CHECK(scaled.frequencies().front() == plain.frequencies().front());
   CHECK(scaled.frequencies().back() == Approx(plain.frequencies().back() / 8));
-  // transformers 4.46, _compute_llama3_parameters for these values, pair 32.
-  CHECK(scaled.frequencies()[32] < plain.frequencies()[32]);
+  // Pair 32 of 64: wavelength 4443, between 8192/4 and 8192; blended.
+  const double smooth = (8192 * plain.frequencies()[32] / (2 * std::numbers::pi) - 1) / 3;
+  const double blend = (1 - smooth) / 8 + smooth;
+  CHECK(scaled.frequencies()[32] == Approx(plain.frequencies()[32] * blend));
 }
 
 }  // namespace infemeral

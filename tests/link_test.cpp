@@ -1,3 +1,4 @@
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 
 #include <chrono>
@@ -125,6 +126,39 @@ struct RawClient {
   std::unique_ptr<FrameSealer> sealer;
   std::unique_ptr<FrameOpener> opener;
 };
+
+// One message to a method whose messages this test has no code for, and the first one back.
+std::string ask(const std::string& server, const std::string& method, const std::string& request) {
+  const auto channel = grpc::CreateChannel(server, grpc::InsecureChannelCredentials());
+  grpc::GenericStub stub(channel);
+  grpc::ClientContext context;
+  grpc::CompletionQueue queue;
+  void* tag = nullptr;
+  bool ok = false;
+  const auto call = stub.PrepareCall(&context, method, &queue);
+  call->StartCall(nullptr);
+  REQUIRE(queue.Next(&tag, &ok));
+  const grpc::Slice slice(request);
+  call->Write(grpc::ByteBuffer(&slice, 1), nullptr);
+  REQUIRE(queue.Next(&tag, &ok));
+  grpc::ByteBuffer answer;
+  call->Read(&answer, nullptr);
+  REQUIRE(queue.Next(&tag, &ok));
+  std::string text;
+  if (ok) {
+    std::vector<grpc::Slice> slices;
+    REQUIRE(answer.Dump(&slices).ok());
+    for (const grpc::Slice& part : slices) {
+      text.append(reinterpret_cast<const char*>(part.begin()), part.size());
+    }
+  }
+  context.TryCancel();
+  grpc::Status status;
+  call->Finish(&status, nullptr);
+  REQUIRE(queue.Next(&tag, &ok));
+  queue.Shutdown();
+  return text;
+}
 
 }  // namespace
 
@@ -815,6 +849,20 @@ TEST_CASE("requests of one connection may be in flight together") {
     CHECK(std::holds_alternative<OpenedFrame>(answer.kind));
   }
   CHECK(client.raw.ending().ok());
+}
+
+TEST_CASE("health checks and reflection answer") {
+  Rig rig;
+  rig.start();
+  // HealthCheckResponse{status: SERVING}, and the list of services.
+  CHECK(ask(rig.options.server, "/grpc.health.v1.Health/Check", "") == "\x08\x01");
+  const std::string services =
+      ask(rig.options.server, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+          std::string("\x3a\x00", 2));
+  CHECK(services.find("infemeral.v1.SplitInference") != std::string::npos);
+  CHECK(services.find("grpc.health.v1.Health") != std::string::npos);
+  // A server of ours is told from other gRPC servers by its method, not by its port.
+  CHECK(ask(rig.options.server, "/infemeral.v1.SplitInference/Other", "").empty());
 }
 
 TEST_CASE("server options that cannot be served are refused") {

@@ -7,6 +7,7 @@ namespace {
 
 using Vec = float __attribute__((vector_size(16)));
 using Bits = int32_t __attribute__((vector_size(16)));
+using Halves = uint16_t __attribute__((vector_size(8)));
 constexpr size_t kLanes = 4;
 constexpr size_t kTileRows = 2;
 
@@ -24,20 +25,16 @@ inline Vec broadcast(float x) {
   return Vec{x, x, x, x};
 }
 
-template <typename T, size_t N>
-inline void copy(T (&to)[N], const void* from, size_t n) {
-  __builtin_memcpy(to, from, n * sizeof(T));
-}
 inline Bits load_halves(const void* p, size_t n = kLanes) {
-  uint16_t h[kLanes] = {};
-  copy(h, p, n);
-  return Bits{h[0], h[1], h[2], h[3]};
+  Halves h{};
+  __builtin_memcpy(&h, p, n * sizeof(uint16_t));
+  return __builtin_convertvector(h, Bits);
 }
 
 inline Vec load(const float* p, size_t n = kLanes) {
-  float x[kLanes] = {};
-  copy(x, p, n);
-  return Vec{x[0], x[1], x[2], x[3]};
+  Vec v{};
+  __builtin_memcpy(&v, p, n * sizeof(float));
+  return v;
 }
 // Shifted into place the exponent is 112 too small; a multiplication repairs it and is exact for
 // subnormals too. Infinities and NaN get their full exponent back.
