@@ -15,7 +15,7 @@ readonly PACKAGES=(
 readonly TEST_PACKAGES=(
   # formatting; sanitizers and fuzzing, with readable stacks
   clang-14 clang-format-14 libclang-rt-14-dev llvm-14 valgrind
-  # the reference implementation; OpenBLAS makes it ten times as fast
+  # the reference implementation; without OpenBLAS it is several times slower
   python3-torch libopenblas0-pthread
 )
 
