@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Checks what engine_prep wrote with programs that nobody here wrote.
 
-    .venv/bin/python tests/check_body_with_transformers.py OUT
+    .venv-reference/bin/python tests/check_body_with_transformers.py OUT
 
 OUT/body must be a checkpoint that stock Hugging Face transformers loads. It gets cloaked embeddings
 as `inputs_embeds`; the client's two ends are spelt out below in a few lines of PyTorch; the tokens

@@ -32,7 +32,9 @@ git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs clang-format-14 --dry-run --We
 
 step "release: build"
 python=$PWD/.venv/bin/python
-cmake --preset release -DINFEMERAL_TEST_PYTHON="$python"
+peers=(-DINFEMERAL_TEST_PYTHON="$python"
+       -DINFEMERAL_TEST_TOKENIZER_JSON="$PWD/demo/SmolLM2-135M-Instruct/tokenizer.json")
+cmake --preset release "${peers[@]}"
 cmake --build build/release
 
 step "demo model"
@@ -43,7 +45,6 @@ for dtype in f32 f16; do
       --output "demo/prepared-$dtype" --body-dtype "$dtype" --force
 done
 export INFEMERAL_DEMO_F32=$PWD/demo/prepared-f32
-export INFEMERAL_DEMO_TOKENIZER=$PWD/demo/SmolLM2-135M-Instruct/tokenizer.json
 
 step "release: tests"
 ctest --test-dir build/release --output-on-failure
@@ -54,7 +55,7 @@ done
 [ -z "$quick" ] || exit 0
 
 step "address and undefined-behaviour sanitizer: build"
-cmake --preset asan -DINFEMERAL_TEST_PYTHON="$python"
+cmake --preset asan "${peers[@]}"
 cmake --build build/asan
 step "address and undefined-behaviour sanitizer: tests"
 ctest --test-dir build/asan --output-on-failure
