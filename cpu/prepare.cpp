@@ -62,8 +62,8 @@ class Preparation {
          {&Preparation::read_model, &Preparation::check_output, &Preparation::detect_tied,
           &Preparation::make_cloak, &Preparation::write_client_weights, &Preparation::write_body,
           &Preparation::write_descriptions, &Preparation::check_body, &Preparation::publish}) {
+      if (o_.stop.stop_requested()) return interrupted();
       if (absl::Status status = (this->*step)(); !status.ok()) return status;
-      if (o_.stop.stop_requested()) return absl::CancelledError("preparation was interrupted");
     }
     return std::move(result_);
   }
@@ -77,6 +77,7 @@ class Preparation {
   Preparation& operator=(const Preparation&) = delete;
 
  private:
+  static absl::Status interrupted() { return absl::CancelledError("preparation was interrupted"); }
   void say(LogLevel level, const std::string& message) { log_to(o_.log, level, message); }
   void progress(std::string_view stage, double done, double total) {
     if (o_.progress) o_.progress(stage, done, total);
@@ -174,7 +175,7 @@ class Preparation {
     const CloakSeed& seed = o_.seed != nullptr ? *o_.seed : *own_seed_;
     auto cloak = Cloak::generate(seed, result_.config.hidden_size);
     if (!cloak.ok()) return cloak.status();
-    if (o_.stop.stop_requested()) return absl::CancelledError("preparation was interrupted");
+    if (o_.stop.stop_requested()) return interrupted();
     progress("cloak", 1, 2);
     commitment_ = seed.commitment();
     orthogonality_error_ = cloak->orthogonality_error();
@@ -225,7 +226,7 @@ class Preparation {
         if (absl::Status s = (*writer)->write(bytes); !s.ok()) return s;
         done += static_cast<double>(count);
         progress("client", done, total);
-        if (o_.stop.stop_requested()) return absl::CancelledError("preparation was interrupted");
+        if (o_.stop.stop_requested()) return interrupted();
       }
       if (faults.count > 0) {
         return absl::InvalidArgumentError(cat("tensor ", quote_name(part.source), " has ",
@@ -335,7 +336,7 @@ class Preparation {
         result_.check_error = check->error;
         result_.check_tolerance = check->tolerance;
       }
-      if (o_.stop.stop_requested()) return absl::CancelledError("preparation was interrupted");
+      if (o_.stop.stop_requested()) return interrupted();
     }
     progress("check", 1, 1);
     say(LogLevel::kInfo,

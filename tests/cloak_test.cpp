@@ -111,14 +111,18 @@ TEST_CASE("every inner kernel of this machine sums what the definition says") {
 }
 
 TEST_CASE("the matrix product: odd sizes, any strides, accumulation, any number of threads") {
-  for (const auto& [m, n, k] : {std::array<std::size_t, 3>{1, 1, 1},
-                                {3, 5, 7},
-                                {9, 25, 257},
-                                {300, 70, 520},
-                                {64, 4099, 3},
-                                {0, 4, 4},
-                                {4, 0, 4},
-                                {4, 4, 0}}) {
+  struct Sizes {
+    std::size_t m, n, k;
+  };
+  for (const Sizes sizes : {Sizes{1, 1, 1},
+                            {3, 5, 7},
+                            {9, 25, 257},
+                            {300, 70, 520},
+                            {64, 4099, 3},
+                            {0, 4, 4},
+                            {4, 0, 4},
+                            {4, 4, 0}}) {
+    const std::size_t m = sizes.m, n = sizes.n, k = sizes.k;
     for (const bool transposed : {false, true}) {
       const std::vector<double> a = random_doubles(m * k), b = random_doubles(k * n);
       const std::vector<double> start = random_doubles(m * n);

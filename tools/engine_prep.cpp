@@ -1,8 +1,8 @@
 // engine_prep: splits a Hugging Face model into a client folder and a rotated body.
 #include <CLI/CLI.hpp>
 #include <chrono>
-#include <map>
 #include <optional>
+#include <string>
 
 #include "absl/strings/str_format.h"
 #include "cpu/prepare.h"
@@ -19,8 +19,8 @@ struct PrepOptions {
   std::string model;
   std::string output;
   std::string seed_file;
-  Dtype body_dtype = Dtype::kF16;
-  CloakMode cloak = CloakMode::kEager;
+  std::string body_dtype = "f16";
+  std::string cloak = "eager";
   int threads = 0;
   bool force = false;
   bool quiet = false;
@@ -32,20 +32,16 @@ void add_flags(CLI::App& app, PrepOptions& o) {
                           "tokenizer.json"))
       ->required();
   with_env(app.add_option("--output", o.output, "Where client/ and body/ are written"))->required();
-  const std::map<std::string, Dtype> dtypes = {
-      {"f16", Dtype::kF16}, {"bf16", Dtype::kBF16}, {"f32", Dtype::kF32}};
   with_env(app.add_option("--body-dtype", o.body_dtype, "What the body's weights are stored in"))
-      ->transform(CLI::CheckedTransformer(dtypes, CLI::ignore_case))
-      ->default_str("f16");
+      ->check(CLI::IsMember({"f16", "bf16", "f32"}))
+      ->capture_default_str();
   with_env(app.add_option("--seed-file", o.seed_file,
                           "Key file of the cloak (32 bytes, mode 600); made afresh without it"));
-  const std::map<std::string, CloakMode> modes = {{"eager", CloakMode::kEager},
-                                                  {"lazy", CloakMode::kLazy}};
   with_env(app.add_option("--cloak", o.cloak,
                           "eager stores the matrix beside its key; lazy makes it again in every "
                           "run, which takes seconds for a hidden size of 4096"))
-      ->transform(CLI::CheckedTransformer(modes, CLI::ignore_case))
-      ->default_str("eager");
+      ->check(CLI::IsMember({"eager", "lazy"}))
+      ->capture_default_str();
   with_env(app.add_option("-t,--threads", o.threads, "Threads; 0 is one a core"))
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -67,13 +63,16 @@ int prepare(const PrepOptions& o, const SignalStop& signals) {
     seed = *std::move(loaded);
   }
 
+  const Dtype body_dtype = o.body_dtype == "f32"    ? Dtype::kF32
+                           : o.body_dtype == "bf16" ? Dtype::kBF16
+                                                    : Dtype::kF16;
   const auto begin = std::chrono::steady_clock::now();
   const LogSink sink = console.sink();
   const auto result = prepare_model({
       .model_dir = o.model,
       .output_dir = o.output,
-      .body_dtype = o.body_dtype,
-      .cloak_mode = o.cloak,
+      .body_dtype = body_dtype,
+      .cloak_mode = o.cloak == "lazy" ? CloakMode::kLazy : CloakMode::kEager,
       .seed = seed ? &*seed : nullptr,
       .overwrite = o.force,
       .threads = o.threads,
@@ -98,11 +97,11 @@ int prepare(const PrepOptions& o, const SignalStop& signals) {
   }
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  sink(LogLevel::kInfo, absl::StrFormat("%s prepared in %.1f s: client %.1f MB, body %.1f MB (%s)",
-                                        result->config.model_type, seconds,
-                                        static_cast<double>(result->client_bytes) / 1e6,
-                                        static_cast<double>(result->body_bytes) / 1e6,
-                                        std::string(dtype_name(o.body_dtype))));
+  sink(LogLevel::kInfo,
+       absl::StrFormat("%s prepared in %.1f s: client %.1f MB, body %.1f MB (%s)",
+                       result->config.model_type, seconds,
+                       static_cast<double>(result->client_bytes) / 1e6,
+                       static_cast<double>(result->body_bytes) / 1e6, o.body_dtype));
   return kExitOk;
 }
 
