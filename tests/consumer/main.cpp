@@ -48,8 +48,7 @@ int main(int argc, char** argv) {
   Pipeline pipeline(**backend, **link, {});
   GenerateResult result;
   const auto print = [](std::int32_t token) { return std::printf("%d ", token) > 0; };
-  const auto status =
-      pipeline.generate({.prompt = {1, 2, 3}, .max_tokens = 8}, print, {}, result);
+  const auto status = pipeline.generate({.prompt = {1, 2, 3}, .max_tokens = 8}, print, {}, result);
   if (!status.ok()) return fail(status);
   std::printf("\n%zu tokens\n", result.tokens.size());
   return result.tokens.size() == 8 ? 0 : 1;
