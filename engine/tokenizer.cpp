@@ -107,7 +107,7 @@ struct Tokenizer::Impl {
   explicit Impl(const nlohmann::json& document);
 
   void read_added_tokens(const nlohmann::json& document);
-  absl::Status encode(MarkedText text, bool add_special_tokens,
+  absl::Status encode(const MarkedText& text, bool add_special_tokens,
                       std::vector<std::int32_t>& ids) const;
   // The token of an id, or null.
   const std::string* token(std::int32_t id) const;
@@ -211,7 +211,7 @@ bool Tokenizer::Impl::is_special(std::int32_t id) const {
   return it != added.end() && it->second.special;
 }
 
-absl::Status Tokenizer::Impl::encode(MarkedText text, bool add_special_tokens,
+absl::Status Tokenizer::Impl::encode(const MarkedText& text, bool add_special_tokens,
                                      std::vector<std::int32_t>& ids) const {
   if (add_special_tokens) ids = post_processor.before;
   tok::PreTokenizer::Scratch split_scratch;
@@ -244,7 +244,7 @@ absl::Status Tokenizer::Impl::encode(MarkedText text, bool add_special_tokens,
         ids.push_back(part.id);
         continue;
       }
-      const absl::Status status =
+      absl::Status status =
           pre_tokenizer.split(bytes.substr(part.begin, part.end - part.begin),
                               piece.begin == 0 && part.begin == 0, split_scratch, encode_word);
       if (!status.ok()) return status;
@@ -314,7 +314,7 @@ absl::StatusOr<std::vector<std::int32_t>> Tokenizer::encode_segments(
                         segment.parse_special ? MarkedText::kTrusted : MarkedText::kUntrusted);
     }
     std::vector<std::int32_t> ids;
-    const absl::Status status = impl_->encode(std::move(text), add_special_tokens, ids);
+    absl::Status status = impl_->encode(text, add_special_tokens, ids);
     if (!status.ok()) return status;
     return ids;
   } catch (const std::bad_alloc&) {

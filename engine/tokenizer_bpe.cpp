@@ -234,7 +234,7 @@ absl::Status Bpe::encode(std::string_view word, Scratch& scratch,
       return absl::OkStatus();
     }
   }
-  const absl::Status status = symbols_of(word, scratch.symbols);
+  absl::Status status = symbols_of(word, scratch.symbols);
   if (!status.ok()) return status;
   merge(scratch);
   for (const Scratch::Symbol& symbol : scratch.symbols) {

@@ -17,6 +17,9 @@ namespace infemeral::tok {
 // Immutable.
 class Bpe {
  public:
+  Bpe(Bpe&&) = default;  // ids_ looks into tokens_: moved with it, never copied
+  Bpe& operator=(Bpe&&) = default;
+
   // Reads the member "model". Throws LoadError.
   static Bpe from_json(const nlohmann::json& document);
 
@@ -47,6 +50,8 @@ class Bpe {
   std::size_t size() const { return ids_.size(); }
 
  private:
+  Bpe() = default;
+
   struct Merge {
     std::uint32_t rank;
     std::int32_t new_id;

@@ -232,7 +232,7 @@ absl::Status PreTokenizer::run(const ByteLevelMap&, bool, MatchScratch&, std::st
 
 absl::Status PreTokenizer::run(const SplitRegex& step, bool, MatchScratch& regex,
                                std::string_view& text, Scratch::Level& level) {
-  const absl::Status status = all_matches(step.regex, text, regex, level.ranges);
+  absl::Status status = all_matches(step.regex, text, regex, level.ranges);
   if (!status.ok()) return status;
   if (step.invert) invert(level.ranges);
   apply_behavior(step.behavior, level.ranges);

@@ -98,7 +98,7 @@ def check(driver, name, path, texts, seed):
         add_special = not add_special
 
     # A conversation: special tokens in the trusted parts only, and nothing like them elsewhere.
-    special = [t.content for t in peer.get_added_tokens_decoder().values() if t.special]
+    special = sorted(t.content for t in peer.get_added_tokens_decoder().values() if t.special)
     plain = [t for t in decoded if t and not any(s in t for s in special)
              and not any(c in t for c in "<|[")]
     conversations = []
@@ -115,7 +115,7 @@ def check(driver, name, path, texts, seed):
 
     # Ids at random: characters in pieces, special tokens, ids that do not exist.
     size = peer.get_vocab_size()
-    pieces = [i for t, i in peer.get_vocab().items() if len(t) == 1 or t.startswith("<0x")]
+    pieces = sorted(i for t, i in peer.get_vocab().items() if len(t) == 1 or t.startswith("<0x"))
     for _ in range(len(texts) // 4):
         pool = rng.choice([pieces, range(size), range(size + 5)])
         sequences.append([rng.choice(pool) for _ in range(rng.randrange(1, 30))])
@@ -148,7 +148,7 @@ def main():
         print("no --tokenizer-json: only the vocabularies built here are checked")
     start = time.monotonic()
 
-    texts = list(strings.all_strings(seed, options.strings))
+    texts = strings.all_strings(seed, options.strings)
     rng = random.Random(seed)
     fewer = rng.sample(texts, len(texts) // 20)
     failed = 0

@@ -131,12 +131,14 @@ def long_strings(rng):
 
 
 def all_strings(seed, count):
-    """At least `count` strings: the fixed families, then random ones."""
+    """At least `count` different strings: the fixed families, then random ones."""
     rng = random.Random(seed)
-    yield b""
-    fixed = 1
+    seen = {b""}
     for family in (every_code_point(rng), long_strings(rng)):
-        for text in family:
-            fixed += 1
-            yield text
-    yield from random_strings(rng, max(count - fixed, count // 2))
+        seen.update(family)
+    least = max(count, len(seen) + count // 2)
+    for text in random_strings(rng, 10 * count):
+        if len(seen) >= least:
+            break
+        seen.add(text)
+    return sorted(seen)
