@@ -59,7 +59,7 @@ absl::Status check_options(const Body& body, const BodyServerOptions& options) {
   return absl::OkStatus();
 }
 
-class GrpcBodyServer : public BodyServer {
+class GrpcBodyServer final : public BodyServer {
  public:
   explicit GrpcBodyServer(std::shared_ptr<ServerState> state)
       : state_(std::move(state)), service_(state_) {}

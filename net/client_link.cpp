@@ -482,7 +482,7 @@ void ClientLink::close_session(std::uint64_t session) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Link>> connect_link(const ClientLinkOptions& options,
-                                                   std::stop_token stop) {
+                                                   const std::stop_token& stop) {
   if (absl::Status status = check_options(options); !status.ok()) return status;
   auto link = std::make_unique<ClientLink>(options);
   if (absl::Status status = link->connect(stop); !status.ok()) return status;

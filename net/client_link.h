@@ -34,6 +34,6 @@ struct ClientLinkOptions {
 // a triggered stop token in the middle of a call included; from then on the link repeats that
 // error.
 absl::StatusOr<std::unique_ptr<Link>> connect_link(const ClientLinkOptions& options,
-                                                   std::stop_token stop = {});
+                                                   const std::stop_token& stop = {});
 
 }  // namespace infemeral

@@ -259,7 +259,7 @@ grpc::Status Connection::on_frame(Frame frame) {
     } else {
       answer(frame.request, ErrorFrame{opened.status()});
     }
-  } else if (absl::Status status = submit_step(frame.request, std::move(*step)); !status.ok()) {
+  } else if (absl::Status status = submit_step(frame.request, *step); !status.ok()) {
     answer(frame.request, ErrorFrame{status});
   }
   return grpc::Status::OK;
@@ -290,7 +290,7 @@ absl::StatusOr<OpenedFrame> Connection::open_session(const OpenFrame& open) {
                       .body = info.description}};
 }
 
-absl::Status Connection::submit_step(std::uint64_t request, StepFrame step) {
+absl::Status Connection::submit_step(std::uint64_t request, const StepFrame& step) {
   const BodyInfo& info = server_->body.info();
   const auto found = sessions_.find(step.session);
   if (found == sessions_.end()) {

@@ -82,7 +82,7 @@ class Connection : public grpc::ServerBidiReactor<v1::Envelope, v1::Envelope>,
   grpc::Status on_records();
   grpc::Status on_frame(Frame frame);
   absl::StatusOr<OpenedFrame> open_session(const OpenFrame& open);
-  absl::Status submit_step(std::uint64_t request, StepFrame step);
+  absl::Status submit_step(std::uint64_t request, const StepFrame& step);
   grpc::Status refuse(grpc::Status status);
 
   // Any thread.

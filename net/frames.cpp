@@ -60,14 +60,14 @@ bool get_fingerprint(const std::string& bytes, Fingerprint& out) {
   return true;
 }
 
-void set_kind(OpenFrame open, v1::Frame& message) {
+void set_kind(const OpenFrame& open, v1::Frame& message) {
   v1::Open* out = message.mutable_open();
   out->set_model_fingerprint(open.model_fingerprint.data(), open.model_fingerprint.size());
   out->set_cloak_commitment(open.cloak_commitment.data(), open.cloak_commitment.size());
   out->set_hidden_size(open.hidden_size);
 }
 
-void set_kind(OpenedFrame opened, v1::Frame& message) {
+void set_kind(const OpenedFrame& opened, v1::Frame& message) {
   v1::Opened* out = message.mutable_opened();
   out->set_session(opened.session.id);
   out->set_hidden_size(opened.session.hidden_size);
@@ -93,11 +93,11 @@ void set_kind(OutputFrame output, v1::Frame& message) {
   if (output.rows > 0) set_tensor(std::move(output.tensor), out->mutable_tensor());
 }
 
-void set_kind(CloseFrame close, v1::Frame& message) {
+void set_kind(const CloseFrame& close, v1::Frame& message) {
   message.mutable_close()->set_session(close.session);
 }
 
-void set_kind(ErrorFrame error, v1::Frame& message) {
+void set_kind(const ErrorFrame& error, v1::Frame& message) {
   v1::Error* out = message.mutable_error();
   out->set_code(static_cast<std::uint32_t>(error.status.code()));
   const auto text = error.status.message();

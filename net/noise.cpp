@@ -344,16 +344,15 @@ absl::StatusOr<NoiseTransport> NoiseHandshake::split() {
   if (!finished() || poisoned_) {
     return absl::FailedPreconditionError("the handshake is not finished");
   }
-  auto [to_responder, to_initiator] = hkdf(chaining_key_, {});
+  auto [send, receive] = hkdf(chaining_key_, {});  // as the initiator sees them
   chaining_key_.wipe();
   secret_.wipe();
   ephemeral_secret_.wipe();
   cipher_.reset();
   step_ = 3;
-  CipherState first(suite_, std::move(to_responder));
-  CipherState second(suite_, std::move(to_initiator));
-  return NoiseTransport{initiator_ ? std::move(first) : std::move(second),
-                        initiator_ ? std::move(second) : std::move(first), remote_static_, hash_};
+  if (!initiator_) std::swap(send, receive);
+  return NoiseTransport{CipherState(suite_, std::move(send)),
+                        CipherState(suite_, std::move(receive)), remote_static_, hash_};
 }
 
 }  // namespace infemeral
