@@ -7,9 +7,18 @@ get_property(rooms GLOBAL PROPERTY INFEMERAL_ROOMS)
 install(TARGETS ${rooms} EXPORT infemeralTargets ARCHIVE DESTINATION ${CMAKE_INSTALL_LIBDIR})
 install(EXPORT infemeralTargets NAMESPACE infemeral:: DESTINATION ${package_dir})
 
-foreach(folder engine cpu net)
-  install(DIRECTORY ${PROJECT_SOURCE_DIR}/${folder}
-          DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/infemeral FILES_MATCHING PATTERN "*.h")
+# Public headers only: what an application includes, and what those include.
+set(public_headers
+  engine/backend.h engine/body.h engine/chat_template.h engine/client_folder.h engine/cloak.h
+  engine/fingerprint.h engine/float16.h engine/generation_config.h engine/link.h engine/log.h
+  engine/metrics.h engine/model_config.h engine/pipeline.h engine/report.h engine/safetensors.h
+  engine/sampling.h engine/text_generation.h engine/tokenizer.h engine/version.h engine/wire.h
+  cpu/body.h cpu/client_backend.h cpu/prepare.h
+  net/body_server.h net/client_link.h net/identity.h net/noise.h net/secret.h)
+foreach(header ${public_headers})
+  get_filename_component(folder ${header} DIRECTORY)
+  install(FILES ${PROJECT_SOURCE_DIR}/${header}
+          DESTINATION ${CMAKE_INSTALL_INCLUDEDIR}/infemeral/${folder})
 endforeach()
 
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/infemeralConfigVersion.cmake

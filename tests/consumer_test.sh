@@ -17,6 +17,10 @@ if grep -rlF -e "$build" -e "$source" "$work/prefix/include" "$work/prefix"/lib*
 fi
 
 cp -r "$source/tests/consumer" "$work/consumer"
+# Every public header stands on its own, with nothing but what is installed.
+(cd "$work/prefix/include/infemeral" && find . -name '*.h' -printf '#include "%P"\n') \
+  >"$work/consumer/headers.inc"
+sed -i '1a #include "headers.inc"' "$work/consumer/main.cpp"
 cmake -S "$work/consumer" -B "$work/consumer/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
   -DCMAKE_PREFIX_PATH="$work/prefix" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 cmake --build "$work/consumer/build" >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }

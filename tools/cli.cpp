@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cstdlib>
 #include <iostream>
 
 #include "engine/text.h"
@@ -23,6 +24,8 @@ void add_version(CLI::App& app) {
 }
 
 std::optional<int> parse_command_line(CLI::App& app, int argc, char** argv) {
+  // gRPC's own lines on stderr say again, less clearly, what our errors say.
+  ::setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0);
   try {
     app.parse(argc, argv);
     return std::nullopt;
