@@ -277,8 +277,9 @@ class Preparation {
         !s.ok()) {
       return s;
     }
-    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
-                             "special_tokens_map.json", "chat_template.jinja"}) {
+    if (absl::Status s = write_generation_config(); !s.ok()) return s;
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                             "chat_template.jinja"}) {
       std::error_code error;
       if (!fs::exists(o_.model_dir / name, error)) continue;
       fs::copy_file(o_.model_dir / name, temp_ / "client" / name, error);
@@ -292,6 +293,27 @@ class Preparation {
         {"cloak_commitment", fingerprint_text(commitment_)},
     };
     return write_new_file(temp_ / "body" / "infemeral.json", manifest.dump(2) + "\n", 0644);
+  }
+
+  // Many folders name the end token in config.json alone, which stays behind: without it generation
+  // would never end. Hugging Face falls back to it too.
+  absl::Status write_generation_config() {
+    nlohmann::json generation = nlohmann::json::object();
+    for (const char* name : {"generation_config.json", "config.json"}) {
+      const auto text = read_text_file(o_.model_dir / name, kMaxConfigBytes);
+      if (absl::IsNotFound(text.status())) continue;
+      if (!text.ok()) return text.status();
+      const auto json = parse_json(*text, name);
+      if (!json.ok()) return json.status();
+      if (!json->is_object()) return absl::InvalidArgumentError(cat(name, " is not an object"));
+      if (generation.empty() && name == std::string_view("generation_config.json")) {
+        generation = *json;
+      } else if (!generation.contains("eos_token_id") && json->contains("eos_token_id")) {
+        generation["eos_token_id"] = (*json)["eos_token_id"];
+      }
+    }
+    return write_new_file(temp_ / "client" / "generation_config.json", generation.dump(2) + "\n",
+                          0644);
   }
 
   absl::Status write_body_config() {

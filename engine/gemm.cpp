@@ -1,5 +1,7 @@
 #include "engine/gemm.h"
 
+#include <sodium.h>
+
 #include <oneapi/tbb/blocked_range.h>
 #include <oneapi/tbb/parallel_for.h>
 
@@ -32,18 +34,23 @@ const GemmKernel& kernel() {
   return chosen;
 }
 
+// Wiped when freed: what is multiplied may be the cloak.
 class AlignedBuffer {
  public:
   explicit AlignedBuffer(std::size_t n)
-      : data_(static_cast<double*>(
-            ::operator new (n * sizeof(double), std::align_val_t{kAlignment}))) {}
-  ~AlignedBuffer() { ::operator delete (data_, std::align_val_t{kAlignment}); }
+      : bytes_(n * sizeof(double)),
+        data_(static_cast<double*>(::operator new (bytes_, std::align_val_t{kAlignment}))) {}
+  ~AlignedBuffer() {
+    sodium_memzero(data_, bytes_);
+    ::operator delete (data_, std::align_val_t{kAlignment});
+  }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
   double* data() const { return data_; }
 
  private:
   static constexpr std::size_t kAlignment = 64;
+  const std::size_t bytes_;
   double* data_;
 };
 

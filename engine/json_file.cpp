@@ -95,34 +95,57 @@ absl::StatusOr<std::string> read_text_file(const std::filesystem::path& file,
   }
 }
 
+namespace {
+
+absl::Status write_all(int fd, const std::filesystem::path& file, std::string_view bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) return errno_status(errno, "cannot write", file);
+    bytes.remove_prefix(static_cast<std::size_t>(n));
+  }
+  return absl::OkStatus();
+}
+
+// Pipes and devices: there is nothing to rename.
+absl::Status write_in_place(const std::filesystem::path& file, std::string_view bytes) {
+  const int fd = ::open(file.c_str(), O_WRONLY | O_CLOEXEC);
+  if (fd < 0) return errno_status(errno, "cannot open", file);
+  absl::Status status = write_all(fd, file, bytes);
+  if (::close(fd) != 0 && status.ok()) status = errno_status(errno, "cannot write", file);
+  return status;
+}
+
+}  // namespace
+
 absl::Status write_new_file(const std::filesystem::path& file, std::string_view bytes,
                             unsigned mode) {
   const int fd = ::open(file.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
   if (fd < 0) return errno_status(errno, "cannot create", file);
-  absl::Status status;
-  while (!bytes.empty() && status.ok()) {
-    const ssize_t n = ::write(fd, bytes.data(), bytes.size());
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) {
-      status = errno_status(errno, "cannot write", file);
-    } else {
-      bytes.remove_prefix(static_cast<std::size_t>(n));
-    }
-  }
+  absl::Status status = write_all(fd, file, bytes);
   if (status.ok() && ::fsync(fd) != 0) status = errno_status(errno, "cannot write", file);
   if (::close(fd) != 0 && status.ok()) status = errno_status(errno, "cannot write", file);
   if (!status.ok()) ::unlink(file.c_str());
   return status;
 }
 
-absl::Status replace_file(const std::filesystem::path& file, std::string_view bytes) {
+absl::Status replace_file(const std::filesystem::path& target, std::string_view bytes) {
+  std::error_code error;
+  const auto type = std::filesystem::status(target, error).type();
+  if (type != std::filesystem::file_type::regular &&
+      type != std::filesystem::file_type::not_found) {
+    return write_in_place(target, bytes);
+  }
+  // A symbolic link stays: what it points to is replaced.
+  const std::filesystem::path file = std::filesystem::weakly_canonical(target, error);
+  if (error) return errno_status(error.value(), "cannot write", target);
   const std::filesystem::path temporary =
       file.parent_path() / cat(".", file.filename().string(), ".", ::getpid());
   if (auto status = write_new_file(temporary, bytes, 0644); !status.ok()) return status;
   if (::rename(temporary.c_str(), file.c_str()) != 0) {
-    const int error = errno;
+    const int rename_error = errno;
     ::unlink(temporary.c_str());
-    return errno_status(error, "cannot replace", file);
+    return errno_status(rename_error, "cannot replace", file);
   }
   return absl::OkStatus();
 }

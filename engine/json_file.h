@@ -28,7 +28,8 @@ absl::Status write_new_file(const std::filesystem::path& file, std::string_view 
                             unsigned mode);
 
 // Replaces `file` as a whole: it is written beside it and renamed, so that a reader sees the old or
-// the new text and a failed write leaves the old one.
+// the new text and a failed write leaves the old one. A symbolic link is followed; a pipe or a
+// device is written to as it is.
 absl::Status replace_file(const std::filesystem::path& file, std::string_view bytes);
 
 // "what FILE: the system's words" under the code that fits errno.

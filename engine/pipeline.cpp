@@ -20,7 +20,13 @@ Pipeline::Pipeline(ClientBackend& backend, Link& link, PipelineOptions options)
     : backend_(backend), link_(link), options_(options) {}
 
 Pipeline::~Pipeline() {
+  drop_session();
+}
+
+// Closed at the server too: a session that nobody will use must not hold its memory there.
+void Pipeline::drop_session() {
   if (session_) link_.close_session(session_->id);
+  session_.reset();
 }
 
 absl::StatusOr<SessionInfo> Pipeline::open(std::stop_token stop) {
@@ -50,12 +56,12 @@ absl::Status Pipeline::send_rows(std::uint32_t start_pos, std::span<const std::i
   // What the cache holds is unknown until the body has answered.
   cached_.resize(start_pos);
   if (auto status = link_.step(step, stop, reply_, times); !status.ok()) {
-    if (!absl::IsCancelled(status)) session_.reset();
+    drop_session();
     return status;
   }
   const std::uint32_t expected_rows = wanted == Wanted::kLast ? 1 : 0;
   if (reply_.rows != expected_rows || reply_.kv_len != start_pos + ids.size()) {
-    session_.reset();
+    drop_session();
     return absl::DataLossError(cat("the body answered with ", reply_.rows, " rows at position ",
                                    reply_.kv_len, " instead of ", expected_rows, " at ",
                                    start_pos + ids.size()));
@@ -86,7 +92,9 @@ absl::Status Pipeline::generate(const GenerateRequest& request, const TokenCallb
   if (auto status = validate(request.sampling); !status.ok()) return status;
   if (auto opened = open(stop); !opened.ok()) return opened.status();
 
-  const std::size_t context = session_->max_context;
+  // The server's word counts only where it is the smaller one.
+  std::size_t context = session_->max_context;
+  if (options_.max_context > 0) context = std::min<std::size_t>(context, options_.max_context);
   if (request.prompt.size() >= context) {
     return absl::InvalidArgumentError(cat("the prompt has ", request.prompt.size(),
                                           " tokens and the context holds ", context,
@@ -103,7 +111,6 @@ absl::Status Pipeline::generate(const GenerateRequest& request, const TokenCallb
   result.cached_rows = static_cast<std::uint32_t>(cached_.size());
 
   std::vector<std::int32_t> history = request.prompt;
-  history.reserve(request.prompt.size() + max_tokens);
   auto token_begin = begin;
   while (result.tokens.size() < max_tokens) {
     if (stop.stop_requested()) return absl::CancelledError("the generation was cancelled");

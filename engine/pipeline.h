@@ -19,6 +19,7 @@ namespace infemeral {
 struct PipelineOptions {
   WireDtype wire = WireDtype::kF16;
   std::uint32_t prefill_rows = 256;  // rows of a prompt that one step carries, at most
+  std::size_t max_context = 0;       // the model's own; 0: what the server says
 };
 
 struct GenerateRequest {
@@ -66,6 +67,7 @@ class Pipeline {
                         std::stop_token stop, GenerateResult& result);
 
  private:
+  void drop_session();
   absl::Status prefill(std::span<const std::int32_t> prompt, std::stop_token stop,
                        PhaseTimes& times);
   absl::Status send_rows(std::uint32_t start_pos, std::span<const std::int32_t> ids, Wanted wanted,

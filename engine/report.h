@@ -44,8 +44,8 @@ class ReportBuilder {
   // A request that ended, well or (failed = true) badly; its tokens so far count.
   void add(const GenerateResult& result, std::size_t prompt_tokens, bool failed);
 
-  // The whole report as JSON text. with_samples adds every request's own latencies
-  // (`ttfts_ms`, `itls_ms`, ...) and the phases of every token.
+  // The whole report as JSON text. with_samples adds every request's own latencies and
+  // the phases of every token, under "samples".
   std::string json(const RunDescription& run, const LinkCounters& link, const MemoryUse& client,
                    double wall_ms, bool with_samples) const;
 

@@ -1,6 +1,7 @@
 #include "engine/safetensors.h"
 
 #include <fcntl.h>
+#include <sodium.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -531,6 +532,7 @@ absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::create(
 }
 
 SafetensorsWriter::~SafetensorsWriter() {
+  sodium_memzero(buffer_.data(), buffer_.size());  // the cloak's matrix goes through here too
   if (fd_ < 0) return;
   ::close(fd_);
   ::unlink(file_.c_str());
@@ -561,6 +563,7 @@ absl::Status SafetensorsWriter::flush() {
     if (n < 0) return errno_status(errno, "cannot write", file_);
     rest = rest.subspan(static_cast<std::size_t>(n));
   }
+  sodium_memzero(buffer_.data(), buffer_.size());
   buffer_.clear();
   return absl::OkStatus();
 }

@@ -62,13 +62,12 @@ void Sampler::keep_top_k(std::size_t k) {
 }
 
 // The smallest set of largest candidates whose probability reaches top_p, ties with the last one
-// included. Candidate.logit is already divided by the temperature. Only as many candidates are put
-// in order as the nucleus needs: a partial sort that doubles until it holds enough probability.
+// included. Candidate.logit is relative to the maximum and divided by the temperature. Only as many
+// candidates are put in order as the nucleus needs: a partial sort that doubles until it holds
+// enough probability.
 void Sampler::keep_top_p(double top_p) {
-  float max = -std::numeric_limits<float>::infinity();
-  for (const Candidate& c : candidates_) max = std::max(max, c.logit);
   double total = 0;
-  for (const Candidate& c : candidates_) total += std::exp(static_cast<double>(c.logit) - max);
+  for (const Candidate& c : candidates_) total += std::exp(static_cast<double>(c.logit));
 
   const auto larger = [](const Candidate& a, const Candidate& b) { return a.logit > b.logit; };
   double inside = 0;
@@ -79,7 +78,7 @@ void Sampler::keep_top_p(double top_p) {
     std::partial_sort(begin, candidates_.begin() + static_cast<std::ptrdiff_t>(end),
                       candidates_.end(), larger);
     for (; sorted < end; ++sorted) {
-      inside += std::exp(static_cast<double>(candidates_[sorted].logit) - max);
+      inside += std::exp(static_cast<double>(candidates_[sorted].logit));
       if (inside >= top_p * total) {
         const float threshold = candidates_[sorted].logit;
         std::erase_if(candidates_, [=](const Candidate& c) { return c.logit < threshold; });
@@ -128,13 +127,14 @@ std::int32_t Sampler::sample(std::span<float> logits, const SampleRequest& reque
 
   // min-p first, as a floor on the scan: it commutes with top-k (both keep a prefix of the order),
   // and with top-p it must not come before, since it would change the normaliser.
-  const float inverse_t = 1.0f / params.temperature;
+  // Relative to the maximum, so that a tiny temperature cannot overflow.
+  const double inverse_t = 1.0 / params.temperature;
   const bool nucleus = params.top_p < 1;
-  const float floor = params.min_p > 0 ? max * inverse_t + std::log(params.min_p)
-                                       : -std::numeric_limits<float>::infinity();
+  const float floor =
+      params.min_p > 0 ? std::log(params.min_p) : -std::numeric_limits<float>::infinity();
   candidates_.clear();
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    const float scaled = logits[i] * inverse_t;
+    const auto scaled = static_cast<float>((double{logits[i]} - max) * inverse_t);
     if (nucleus ? !std::isnan(scaled) : scaled >= floor) {
       candidates_.push_back({scaled, static_cast<std::int32_t>(i)});
     }

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/client_backend.h"
-#include "tools/connection.h"
+#include "tools/endpoint.h"
 
 namespace infemeral {
 namespace {
@@ -110,8 +110,10 @@ int run(const char* prepared, const char* teacher_file) {
   const ClientManifest manifest = folder->manifest;
   auto backend = make_cpu_client_backend(*std::move(folder), {});
   if (!backend.ok()) return fail(backend.status());
-  auto connection = connect({.body_folder = out / "body"}, manifest, {});
-  if (!connection.ok()) return fail(connection.status());
+  auto endpoint = Endpoint::open({.body_folder = out / "body"}, manifest);
+  if (!endpoint.ok()) return fail(endpoint.status());
+  auto link = endpoint->connect({});
+  if (!link.ok()) return fail(link.status());
 
   std::printf("%-28s %-5s %10s %10s %12s %s\n", "body", "wire", "positions", "agreement", "mean KL",
               "near-ties among the differences");
@@ -122,12 +124,12 @@ int run(const char* prepared, const char* teacher_file) {
   bool passed = true;
   for (const Bar& bar :
        {Bar{WireDtype::kF32, 0.995}, Bar{WireDtype::kF16, 0.995}, Bar{WireDtype::kI8, 0.97}}) {
-    auto result = measure(**backend, *connection->link, bar.wire, teacher);
+    auto result = measure(**backend, **link, bar.wire, teacher);
     if (!result.ok()) return fail(result.status());
     const bool reached = result->share >= bar.share;
     passed = passed && reached;
     std::printf("%-28s %-5s %10zu %9.2f%% %12.3e %zu of %zu%s\n",
-                connection->body->info().description.c_str(),
+                endpoint->local_body()->info().description.c_str(),
                 std::string(wire_dtype_name(bar.wire)).c_str(), result->positions,
                 100 * result->share, result->kl, result->near_ties,
                 result->positions - result->agreed, reached ? "" : "  BELOW THE BAR");

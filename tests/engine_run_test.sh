@@ -4,6 +4,7 @@
 set -uo pipefail
 tools=$1 make_tiny_model=$2
 
+for name in "${!INFEMERAL_@}"; do [ "$name" = INFEMERAL_ISA ] || unset "$name"; done
 work=$(mktemp -d)
 server=
 trap '[ -z "$server" ] || kill -9 "$server" 2>/dev/null; rm -rf "$work"' EXIT
@@ -62,6 +63,9 @@ assert [line["index"] for line in lines] == [0, 1, 2] and all("text" in line for
 text = open("report.json").read()
 assert "one" not in [w.strip('",:') for w in text.split()] and "prepared" not in text
 PY
+run 0 engine_run -m prepared -p x -n 2 --quiet --report /dev/stderr
+[ -c /dev/stderr ] || [ -e /dev/stderr ] || fail "a device was replaced by a report"
+grep -q '"schema"' err || fail "no report on /dev/stderr"
 run 0 engine_run -m prepared --check
 grep -q '^token: *ok' out || fail "--check does not say that a token came"
 run 0 engine_run -m prepared -p "same seed" -n 12 --temp 1 --seed 5 --quiet
@@ -159,7 +163,19 @@ refused 3 'key' engine_run -m prepared --server "$address" --server-key stranger
 refused 3 'cloak' engine_run -m other --server "$address" --server-key server.key.pub \
   --identity client.key -p x
 refused 3 '127.0.0.1:1' engine_run -m prepared --server 127.0.0.1:1 --server-key server.key.pub \
+  --identity client.key -p x -o unreached.jsonl
+[ ! -e unreached.jsonl ] || fail "an empty output is left where no server was reached"
+cp results.jsonl kept.jsonl
+refused 3 '127.0.0.1:1' engine_run -m prepared --server 127.0.0.1:1 --server-key server.key.pub \
+  --identity client.key -p x -o results.jsonl --overwrite
+cmp -s results.jsonl kept.jsonl || fail "old results were lost where no server was reached"
+refused 2 'host:port' engine_run -m prepared --server nonsense --server-key server.key.pub \
   --identity client.key -p x
+chmod 644 client.key
+refused 2 'client.key' engine_run -m prepared --server "$address" --server-key server.key.pub \
+  --identity client.key -p x
+chmod 600 client.key
+refused 2 'no/such' engine_run -m prepared -p x --report no/such/dir/report.json
 
 # The server dies in the middle of a batch: what is done stays, and the exit code says why.
 for i in $(seq 2000); do echo "prompt number $i"; done >many.txt
@@ -177,12 +193,13 @@ done_lines=$(wc -l <many.jsonl)
 python3 -c 'import json, sys; [json.loads(line)["text"] for line in open("many.jsonl")]' ||
   fail "a result line is damaged"
 
-# Ctrl-C ends a run cleanly, and a server too.
+# A signal that means nothing here changes nothing; Ctrl-C ends a run cleanly, and a server too.
 start_server
 remote=(-m prepared --server "$address" --server-key server.key.pub --identity client.key)
 "$tools/engine_run" "${remote[@]}" -f many.txt -n 64 --ignore-eos -o stopped.jsonl >out 2>err </dev/null &
 client=$!
 for _ in $(seq 200); do [ "$(lines stopped.jsonl)" -ge 1 ] && break; sleep 0.05; done
+kill -USR1 "$client" "$server"
 kill -TERM "$client"
 wait "$client"
 [ $? = 130 ] || fail "an interrupted run does not exit with 130: $(cat err)"

@@ -445,6 +445,26 @@ TEST_CASE("the folders hold what they should and nothing else") {
   CHECK(client->max_context == 256);
 }
 
+TEST_CASE("the end token comes from config.json when generation_config.json does not name it") {
+  const auto prepared_config = [](const char* generation_config) {
+    TempFolder temp;
+    make_tiny_model(temp.path() / "model", {});  // config.json: eos_token_id 2
+    fs::remove(temp.path() / "model" / "generation_config.json");
+    if (generation_config != nullptr) {
+      std::ofstream(temp.path() / "model" / "generation_config.json") << generation_config;
+    }
+    REQUIRE(prepare_model({.model_dir = temp.path() / "model", .output_dir = temp.path() / "out"})
+                .ok());
+    std::ifstream file(temp.path() / "out" / "client" / "generation_config.json");
+    return nlohmann::json::parse(file);
+  };
+  CHECK(prepared_config(nullptr)["eos_token_id"] == 2);
+  CHECK(prepared_config("{\"do_sample\": true}") ==
+        nlohmann::json{{"do_sample", true}, {"eos_token_id", 2}});
+  CHECK(prepared_config("{\"eos_token_id\": [5, 6]}")["eos_token_id"] ==
+        nlohmann::json::array({5, 6}));
+}
+
 TEST_CASE("a body larger than a shard becomes shards with an index") {
   const TempFolder temp;
   make_tiny_model(temp.path() / "model", {});

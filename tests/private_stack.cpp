@@ -15,12 +15,14 @@ PrivateStack::PrivateStack(const std::filesystem::path& prepared, int threads) {
   INFO(opened.status().ToString());
   REQUIRE(opened.ok());
   backend = *std::move(opened);
-  auto connected =
-      connect({.body_folder = prepared / "body", .threads = threads}, manifest, std::stop_token{});
+  auto reached = Endpoint::open({.body_folder = prepared / "body", .threads = threads}, manifest);
+  INFO(reached.status().ToString());
+  REQUIRE(reached.ok());
+  endpoint = *std::move(reached);
+  auto connected = endpoint->connect({});
   INFO(connected.status().ToString());
   REQUIRE(connected.ok());
-  connection = *std::move(connected);
-  link = connection.link.get();
+  link = *std::move(connected);
 }
 
 }  // namespace infemeral

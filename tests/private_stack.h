@@ -6,7 +6,7 @@
 
 #include "engine/backend.h"
 #include "engine/link.h"
-#include "tools/connection.h"
+#include "tools/endpoint.h"
 
 namespace infemeral {
 
@@ -16,8 +16,8 @@ struct PrivateStack {
 
   ClientManifest manifest;
   std::unique_ptr<ClientBackend> backend;
-  Connection connection;
-  Link* link = nullptr;
+  std::optional<Endpoint> endpoint;
+  std::unique_ptr<Link> link;
 };
 
 }  // namespace infemeral

@@ -136,6 +136,18 @@ TEST_CASE("the same seed and position give the same token, whatever else is in t
   }
 }
 
+TEST_CASE("a tiny temperature is greedy") {
+  Sampler sampler;
+  for (float temperature : {1e-6f, 1e-30f, 1e-40f}) {
+    for (int round = 0; round < 20; ++round) {
+      const std::vector<float> logits = random_logits(500);
+      std::vector<float> a = logits, b = logits;
+      SampleRequest request{.params = {.temperature = temperature, .seed = rng()()}};
+      CHECK(sampler.sample(a, request) == sampler.sample(b, {}));
+    }
+  }
+}
+
 TEST_CASE("flat and extreme logits do not break the filters") {
   Sampler sampler;
   SampleRequest request{.params = {.temperature = 1, .top_k = 3, .top_p = 0.5f, .min_p = 0.5f}};

@@ -5,6 +5,7 @@
 #   --quick   the release build's tests only
 set -euo pipefail
 cd "$(dirname "$0")/.."
+for name in "${!INFEMERAL_@}"; do unset "$name"; done
 
 quick=
 case "${1:-}" in
@@ -40,9 +41,7 @@ cmake --build build/release
 step "demo model"
 "$python" tools/demo_model.py --output demo/SmolLM2-135M-Instruct
 for dtype in f32 f16; do
-  [ -e "demo/prepared-$dtype/body/infemeral.json" ] ||
-    build/release/tools/engine_prep --model demo/SmolLM2-135M-Instruct \
-      --output "demo/prepared-$dtype" --body-dtype "$dtype" --force
+  ./tools/prepare_demo.sh build/release/tools/engine_prep "demo/prepared-$dtype" "$dtype"
 done
 export INFEMERAL_DEMO_F32=$PWD/demo/prepared-f32
 

@@ -1,10 +1,11 @@
 // engine_run: prompts in, the model's text out, the transformer layers behind an encrypted stream.
-#include <cstdio>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <cerrno>
 #include <chrono>
-#include <fstream>
-#include <iostream>
+#include <cstdio>
+#include <optional>
 
 #include "engine/json_file.h"
 #include "engine/metrics.h"
@@ -15,8 +16,8 @@
 #include "tools/backend_select.h"
 #include "tools/batch.h"
 #include "tools/cli.h"
-#include "tools/connection.h"
 #include "tools/console.h"
+#include "tools/endpoint.h"
 #include "tools/progress.h"
 #include "tools/result_writer.h"
 #include "tools/signals.h"
@@ -139,7 +140,8 @@ class Run {
   int operator()() {
     const auto begin = Clock::now();
     if (int code = read_input(); code != kExitOk) return code;
-    // Before the slow parts: a run must not end at the first result for want of a place to put it.
+    // Before the slow parts: a run must not end for want of a place to put what it made.
+    if (auto status = check_report_place(); !status.ok()) return fail(console_, kExitUsage, status);
     auto writer = ResultWriter::open({.file = options_.output_file,
                                       .overwrite = options_.overwrite,
                                       .stream_text = options_.stream});
@@ -193,19 +195,26 @@ class Run {
     if (!backend.ok()) return fail(console_, kExitUsage, backend.status());
     backend_ = *std::move(backend);
 
-    auto connection = connect({.server = options_.server,
-                               .server_key = options_.server_key,
-                               .identity = options_.identity,
-                               .body_folder = body_folder(folder_path),
-                               .threads = options_.threads,
-                               .log = console_.sink()},
-                              manifest, stop_);
-    if (!connection.ok())
-      return fail(console_, connect_exit_code(connection.status()), connection.status());
-    connection_ = *std::move(connection);
-    pipeline_.emplace(*backend_, *connection_.link, PipelineOptions{.wire = *wire_});
+    auto endpoint = Endpoint::open({.server = options_.server,
+                                    .server_key = options_.server_key,
+                                    .identity = options_.identity,
+                                    .body_folder = body_folder(folder_path),
+                                    .threads = options_.threads,
+                                    .log = console_.sink()},
+                                   manifest);
+    if (!endpoint.ok()) return fail(console_, kExitUsage, endpoint.status());
+    endpoint_ = *std::move(endpoint);
+    auto link = endpoint_->connect(stop_);
+    if (!link.ok()) {
+      // The only thing that can be wrong with the request before the network is the address.
+      const bool usage = absl::IsInvalidArgument(link.status());
+      return fail(console_, usage ? kExitUsage : server_exit_code(link.status()), link.status());
+    }
+    link_ = *std::move(link);
+    pipeline_.emplace(*backend_, *link_,
+                      PipelineOptions{.wire = *wire_, .max_context = manifest.max_context});
     auto session = pipeline_->open(stop_);
-    if (!session.ok()) return fail(console_, connect_exit_code(session.status()), session.status());
+    if (!session.ok()) return fail(console_, server_exit_code(session.status()), session.status());
 
     session_ = *session;
     model_name_ = std::filesystem::absolute(options_.model).lexically_normal().filename().string();
@@ -218,18 +227,14 @@ class Run {
                     .body = session_.body,
                     .server = options_.server == "local" ? "local" : "remote",
                     .wire = options_.wire,
-                    .cipher = connection_.link->cipher(),
+                    .cipher = link_->cipher(),
                     .max_tokens = options_.max_tokens,
                     .threads = options_.threads};
     return kExitOk;
   }
 
-  // Bad options and local files are the user's to mend (2); everything else is the server's (3).
-  static int connect_exit_code(const absl::Status& status) {
-    if (absl::IsCancelled(status)) return kExitInterrupted;
-    const bool local = absl::IsInvalidArgument(status) || absl::IsNotFound(status) ||
-                       absl::IsUnimplemented(status) || absl::IsDataLoss(status);
-    return local ? kExitUsage : kExitServer;
+  static int server_exit_code(const absl::Status& status) {
+    return absl::IsCancelled(status) ? kExitInterrupted : kExitServer;
   }
 
   int check() {
@@ -239,7 +244,7 @@ class Run {
     request.prompt = *std::move(prompt);
     TextResult result;
     const auto status = generate_text(*pipeline_, assets_, request, {}, stop_, result);
-    if (!status.ok()) return fail(console_, kExitServer, status);
+    if (!status.ok()) return fail(console_, server_exit_code(status), status);
     std::printf(
         "model:   %s, hidden size %zu, vocabulary %zu%s\n"
         "backend: %s\n"
@@ -322,11 +327,20 @@ class Run {
     return failed > 0 ? kExitItemsFailed : kExitOk;
   }
 
+  absl::Status check_report_place() const {
+    if (options_.report_file.empty()) return absl::OkStatus();
+    const auto folder = std::filesystem::path(options_.report_file).parent_path();
+    if (::access(folder.empty() ? "." : folder.c_str(), W_OK) != 0) {
+      return errno_status(errno, "cannot write", options_.report_file);
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status write_report(double wall_ms) {
     if (options_.report_file.empty()) return absl::OkStatus();
     return replace_file(options_.report_file,
-                        report_.json(description_, connection_.link->counters(), backend_->memory(),
-                                     wall_ms, options_.profile));
+                        report_.json(description_, link_->counters(), backend_->memory(), wall_ms,
+                                     options_.profile));
   }
 
   const RunOptions& options_;
@@ -336,7 +350,8 @@ class Run {
   std::vector<BatchItem> items_;
   TextAssets assets_;
   std::unique_ptr<ClientBackend> backend_;
-  Connection connection_;
+  std::optional<Endpoint> endpoint_;
+  std::unique_ptr<Link> link_;
   std::optional<Pipeline> pipeline_;  // destroyed before what it borrows
   SessionInfo session_;
   std::string model_name_;

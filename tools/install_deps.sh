@@ -85,7 +85,8 @@ install_packages() {
 install_python() {
   local venv=$1 requirements=$2 stamp wanted
   shift 2
-  if ! "$venv/bin/python" -c '' 2>/dev/null; then
+  # An interrupted venv has a python but no pip.
+  if ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then
     rm -rf "$venv"
     quietly /usr/bin/python3 -m venv "$@" "$venv" ||
       die "could not make the Python environment $venv"

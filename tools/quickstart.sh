@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # One command from a fresh Debian 12 machine to private generation: installs the packages, builds,
-# makes the demo model, prepares it, starts the body server and runs engine_run against it.
-# Everything is left under demo/; what is done already is skipped.
+# makes the demo model, prepares it, starts the body server and runs engine_run against it. Leaves
+# results.jsonl and report.json here and the rest under demo/; what is done already is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# Options of the user's own runs must not reach the programs here.
+for name in "${!INFEMERAL_@}"; do unset "$name"; done
 
 case "${1:-}" in
   "") ;;
   -h | --help)
-    sed -n '2,4s/^# //p' "$0"
+    sed -n '2,5s/^# //p' "$0"
     exit 0
     ;;
   *)
@@ -31,13 +33,13 @@ step "demo model: SmolLM2-135M-Instruct"
 .venv/bin/python tools/demo_model.py --output demo/SmolLM2-135M-Instruct
 
 step "prepare: split into client and body, rotate the body"
-if [ ! -e demo/prepared/client/engine.json ] || [ ! -e demo/prepared/body/infemeral.json ]; then
-  "$bin/engine_prep" --model demo/SmolLM2-135M-Instruct --output demo/prepared --force
-fi
+./tools/prepare_demo.sh "$bin/engine_prep" demo/prepared f16
 
 step "keys"
 for name in client server; do
-  [ -e "demo/$name.key" ] || "$bin/engine_keygen" --output "demo/$name.key"
+  [ -e "demo/$name.key.pub" ] && [ -e "demo/$name.key" ] && continue
+  rm -f "demo/$name.key" "demo/$name.key.pub"  # one half alone is an interrupted run's
+  "$bin/engine_keygen" --output "demo/$name.key"
 done
 
 step "body server"

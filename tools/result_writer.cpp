@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <utility>
 
 #include "engine/json_file.h"
 #include "engine/text.h"
@@ -24,9 +25,11 @@ absl::StatusOr<std::unique_ptr<ResultWriter>> ResultWriter::open(
     writer->lines_ = stdout;
     return writer;
   }
-  const int flags = O_WRONLY | O_CREAT | O_CLOEXEC | (options.overwrite ? O_TRUNC : O_EXCL);
-  const int fd = ::open(options.file.c_str(), flags, 0644);
-  if (fd < 0 && errno == EEXIST) {
+  int fd = ::open(options.file.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+  writer->created_ = fd >= 0;
+  if (fd < 0 && errno == EEXIST && options.overwrite) {
+    fd = ::open(options.file.c_str(), O_WRONLY | O_CLOEXEC);
+  } else if (fd < 0 && errno == EEXIST) {
     return absl::AlreadyExistsError(
         cat(options.file, " exists; choose another --output or give --overwrite"));
   }
@@ -37,7 +40,9 @@ absl::StatusOr<std::unique_ptr<ResultWriter>> ResultWriter::open(
 }
 
 ResultWriter::~ResultWriter() {
-  if (owns_lines_ && lines_ != nullptr) std::fclose(lines_);
+  if (!owns_lines_ || lines_ == nullptr) return;
+  std::fclose(lines_);
+  if (created_ && !started_) ::unlink(name_.c_str());
 }
 
 bool ResultWriter::text_on_terminal() const {
@@ -57,12 +62,22 @@ absl::Status ResultWriter::check(std::FILE* file, std::string_view name) const {
   return absl::OkStatus();
 }
 
+absl::Status ResultWriter::start_lines() {
+  if (std::exchange(started_, true) || !owns_lines_ || created_) return absl::OkStatus();
+  // Devices and pipes (EINVAL) have nothing to cut.
+  if (::ftruncate(::fileno(lines_), 0) != 0 && errno != EINVAL) {
+    return errno_status(errno, "cannot write to", name_);
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ResultWriter::result(std::string_view line, bool ok) {
   if (show_text_ && ok) std::fputc('\n', stdout);
   if (show_text_) {
     if (auto status = check(stdout, "stdout"); !status.ok()) return status;
   }
   if (lines_ == nullptr) return absl::OkStatus();
+  if (auto status = start_lines(); !status.ok()) return status;
   std::fwrite(line.data(), 1, line.size(), lines_);
   std::fputc('\n', lines_);
   return check(lines_, name_);

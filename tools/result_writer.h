@@ -20,7 +20,8 @@ struct ResultWriterOptions {
 class ResultWriter {
  public:
   // AlreadyExists rather than losing an older run's results; InvalidArgument when text and lines
-  // would both go to stdout; the system's reason when the file cannot be written.
+  // would both go to stdout; the system's reason when the file cannot be written. Old results are
+  // replaced at the first new one, and a run that ends before it leaves no new file.
   static absl::StatusOr<std::unique_ptr<ResultWriter>> open(const ResultWriterOptions& options);
   ~ResultWriter();
   ResultWriter(const ResultWriter&) = delete;
@@ -37,10 +38,13 @@ class ResultWriter {
  private:
   ResultWriter() = default;
   absl::Status check(std::FILE* file, std::string_view name) const;
+  absl::Status start_lines();
 
   std::string name_;
   std::FILE* lines_ = nullptr;  // null: text only
   bool owns_lines_ = false;
+  bool created_ = false;  // by this run
+  bool started_ = false;  // a result was written
   bool show_text_ = false;
 };
 

@@ -10,7 +10,7 @@
 namespace infemeral {
 namespace {
 
-// Ends the waiting thread; sent to it alone, by the destructor.
+// Wakes the waiting thread for the destructor.
 constexpr int kWake = SIGUSR1;
 
 sigset_t stop_signals() {
@@ -28,13 +28,16 @@ SignalStop::SignalStop() {
   signal(SIGPIPE, SIG_IGN);
   waiter_ = std::thread([this] {
     const sigset_t signals = stop_signals();
-    for (int signal = 0; sigwait(&signals, &signal) == 0 && signal != kWake;) {
+    for (int signal = 0; sigwait(&signals, &signal) == 0;) {
+      if (ending_) return;
+      if (signal == kWake) continue;  // somebody else's: not ours to end for
       if (!source_.request_stop()) _exit(128 + signal);
     }
   });
 }
 
 SignalStop::~SignalStop() {
+  ending_ = true;
   pthread_kill(waiter_.native_handle(), kWake);
   waiter_.join();
 }

@@ -1,6 +1,7 @@
 // Ctrl-C and SIGTERM as a stop token.
 #pragma once
 
+#include <atomic>
 #include <stop_token>
 #include <thread>
 
@@ -23,6 +24,7 @@ class SignalStop {
 
  private:
   std::stop_source source_;
+  std::atomic<bool> ending_ = false;
   std::thread waiter_;
 };
 
