@@ -117,9 +117,7 @@ absl::Status CpuBody::prepare(const BodyStep& step, std::span<const BodyStep> ea
     return absl::InvalidArgumentError("the same session has two steps in one run");
   }
   const std::size_t h = config_.hidden_size;
-  const std::size_t out_rows = step.wanted == Wanted::kAll    ? step.rows
-                               : step.wanted == Wanted::kLast ? 1
-                                                              : 0;
+  const std::size_t out_rows = output_rows(step.wanted, step.rows);
   if (step.rows == 0 || step.states.size() != step.rows * h || step.out.size() != out_rows * h) {
     return absl::InvalidArgumentError(
         cat("a step of ", step.rows, " rows has ", step.states.size(), " numbers and room for ",

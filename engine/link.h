@@ -25,6 +25,19 @@ enum class Wanted : std::uint8_t {
   kAll = 2
 };  // on the wire: do not renumber
 
+// Rows that come back from a step of `rows`: 0, 1 or all.
+inline std::uint32_t output_rows(Wanted wanted, std::uint32_t rows) {
+  switch (wanted) {
+    case Wanted::kNone:
+      return 0;
+    case Wanted::kLast:
+      return 1;
+    case Wanted::kAll:
+      return rows;
+  }
+  return 0;
+}
+
 using Fingerprint = std::array<std::uint8_t, 32>;  // BLAKE2b-256
 
 struct SessionInfo {
@@ -47,13 +60,15 @@ struct StepRequest {
 };
 
 struct StepReply {
-  std::uint32_t rows = 0;         // 0, 1 or the request's rows
+  std::uint32_t rows = 0;         // output_rows(request.wanted, request.rows)
   std::vector<std::byte> tensor;  // rows * wire_row_bytes(request.dtype, H), normed, still cloaked
   std::uint32_t kv_len = 0;       // positions in the session's cache after the step
 };
 
 // One caller at a time. Errors carry a sentence that a user can act on:
-//   Unavailable         the server cannot be reached, or went away
+//   Unavailable         the server cannot be reached, or went away; or an earlier call was
+//   cancelled
+//                       in the middle, which gives the connection up
 //   DeadlineExceeded    no answer in time; the connection is given up
 //   Unauthenticated     the server does not hold the pinned key
 //   PermissionDenied    the server does not know this client's key
@@ -63,6 +78,9 @@ struct StepReply {
 //   InvalidArgument     the server refused the request's contents
 //   Cancelled           the stop token was triggered
 //   DataLoss            an answer was damaged or does not fit the question
+//   Internal            the body failed
+// InvalidArgument, NotFound, ResourceExhausted and Internal are about one request alone: a link
+// that has ended never answers with them.
 class Link {
  public:
   virtual ~Link() = default;

@@ -56,6 +56,13 @@ absl::Status check_options(const Body& body, const BodyServerOptions& options) {
     return absl::InvalidArgumentError(
         "max_sessions and max_pending_per_connection must be at least 1");
   }
+  const std::size_t kv_bytes_per_token = body.info().kv_bytes_per_token;
+  if (options.max_kv_bytes > 0 &&
+      (kv_bytes_per_token == 0 || options.max_kv_bytes < kv_bytes_per_token)) {
+    return absl::InvalidArgumentError(absl::StrCat("max_kv_bytes is ", options.max_kv_bytes,
+                                                   " and one position of the body takes ",
+                                                   kv_bytes_per_token, "; no step would fit"));
+  }
   return absl::OkStatus();
 }
 
@@ -100,7 +107,7 @@ class GrpcBodyServer final : public BodyServer {
                                 .handshakes = state_->handshakes,
                                 .refused = state_->refused,
                                 .steps = state_->steps,
-                                .open_sessions = state_->sessions};
+                                .open_sessions = state_->admission->sessions()};
     const std::lock_guard lock(state_->mutex);
     counters.open_connections = static_cast<std::uint32_t>(state_->open.size());
     if (state_->scheduler) counters.waiting_steps = state_->scheduler->waiting();

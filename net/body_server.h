@@ -20,9 +20,17 @@ struct BodyServerOptions {
   const Identity* identity = nullptr;  // read by start() only
   std::vector<PublicKey> allow;        // the only clients that get a session
   std::uint32_t max_sessions = 64;     // over all connections
+  // Over all connections of one client. 0: half of max_sessions, or all when one client is allowed.
+  std::uint32_t max_sessions_per_client = 0;
+  // BodyInfo::kv_bytes_per_token times the positions that all sessions hold; 0 is no limit. The
+  // step that would go beyond is refused. A body may round a session up to whole pages.
+  std::uint64_t max_kv_bytes = 0;
   std::uint32_t max_rows_per_step = 512;
-  std::uint32_t max_pending_per_connection = 16;  // requests read but not yet answered
-  std::chrono::milliseconds handshake_timeout{5000};
+  std::uint32_t max_pending_per_connection = 16;      // requests read but not yet answered
+  std::chrono::milliseconds handshake_timeout{5000};  // until the hello
+  // From the handshake to the client's first frame. The hello can be somebody's recording; only
+  // the first frame proves that the client holds its key.
+  std::chrono::milliseconds first_frame_timeout{60000};
   // Accepted suites; empty means all that this processor has.
   std::vector<CipherSuite> ciphers;
   LogSink log;
@@ -30,8 +38,8 @@ struct BodyServerOptions {
 
 struct BodyServerCounters {
   std::uint64_t connections = 0;  // streams accepted so far
-  std::uint64_t handshakes = 0;   // of these, completed and allowed
-  std::uint64_t refused = 0;      // of these, turned away before or at the handshake
+  std::uint64_t handshakes = 0;   // of these, allowed and proven by a first frame
+  std::uint64_t refused = 0;      // of these, turned away before that
   std::uint64_t steps = 0;        // run by the body
   std::uint32_t open_connections = 0;
   std::uint32_t open_sessions = 0;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "net/bytes.h"
 
 namespace infemeral {
 namespace {
@@ -37,8 +38,7 @@ absl::Status FrameSealer::seal(Bytes& rest, std::string& data) {
     plaintext_.assign(1, last ? kLast : kMore);
     plaintext_.append(reinterpret_cast<const char*>(part.data()), size);
     append_big_endian(static_cast<std::uint32_t>(plaintext_.size() + kNoiseTagSize), 2, data);
-    absl::Status status =
-        cipher_.encrypt({}, std::as_bytes(std::span<const char>(plaintext_)), data);
+    absl::Status status = cipher_.encrypt({}, bytes_of(plaintext_), data);
     if (!status.ok()) return status;
     part = part.subspan(size);
   }

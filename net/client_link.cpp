@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "net/bytes.h"
 #include "net/channel.h"
 #include "net/frames.h"
 #include "net/watchdog.h"
@@ -27,10 +28,6 @@ constexpr int kKeepaliveTimeoutMs = 5000;
 
 // Closing is best effort: nobody waits longer for a server that does not answer.
 constexpr std::chrono::milliseconds kCloseTimeout{1000};
-
-Bytes bytes_of(const std::string& text) {
-  return std::as_bytes(std::span<const char>(text));
-}
 
 // What gRPC or an unauthenticated server says, fit for a terminal.
 std::string printable(std::string text) {
@@ -108,11 +105,6 @@ class Interrupt {
   const Watchdog::Ticket ticket_;
   std::stop_callback<std::function<void()>> on_stop_;
 };
-
-std::size_t rows_back(const StepRequest& request) {
-  if (request.wanted == Wanted::kAll) return request.rows;
-  return request.wanted == Wanted::kLast ? 1 : 0;
-}
 
 class ClientLink : public Link {
  public:
@@ -218,8 +210,8 @@ absl::Status ClientLink::shake_hands(CipherSuite suite, Interrupt& interrupt,
   if (answer.has_refusal()) return check_refusal(answer.refusal(), suite, offered);
 
   std::string payload;
-  if (absl::Status status = handshake->read_message(bytes_of(answer.data()), payload);
-      !status.ok()) {
+  if (answer.data().size() != kNoiseMessage2Size ||
+      !handshake->read_message(bytes_of(answer.data()), payload).ok()) {
     return absl::UnauthenticatedError(
         absl::StrCat(options_.server,
                      " does not prove that it holds the pinned server key; check --server-key"));
@@ -254,6 +246,8 @@ absl::Status ClientLink::check_refusal(const v1::Refusal& refusal, CipherSuite s
                                          : ", and offers nothing that this client has"));
 }
 
+// The end of a stream is never InvalidArgument, Unimplemented or ResourceExhausted, which a caller
+// takes for the fault of one request, after which it may send the next.
 absl::Status ClientLink::explain(const grpc::Status& status, bool connecting) const {
   const std::string& server = options_.server;
   const std::string message = printable(status.error_message());
@@ -272,7 +266,7 @@ absl::Status ClientLink::explain(const grpc::Status& status, bool connecting) co
     case grpc::StatusCode::FAILED_PRECONDITION:
       return absl::FailedPreconditionError(absl::StrCat(server, " refused: ", message));
     case grpc::StatusCode::RESOURCE_EXHAUSTED:
-      return absl::ResourceExhaustedError(absl::StrCat(server, " refused: ", message));
+      return absl::UnavailableError(absl::StrCat(server, " refused: ", message));
     case grpc::StatusCode::INVALID_ARGUMENT:
     case grpc::StatusCode::DATA_LOSS:
       return absl::DataLossError(absl::StrCat(server, " could not read this client: ", message));
@@ -313,8 +307,12 @@ absl::Status ClientLink::give_up(absl::Status status) {
     stream_.reset();
   }
   sessions_.clear();
-  fatal_ = std::move(status);
-  return fatal_;
+  // A later call was not cancelled: it finds that the connection is gone.
+  fatal_ = absl::IsCancelled(status)
+               ? absl::UnavailableError(
+                     "the connection was given up after a cancellation; connect again")
+               : status;
+  return status;
 }
 
 void ClientLink::hang_up() {
@@ -352,7 +350,7 @@ absl::Status ClientLink::send(const std::string& frame, Interrupt& interrupt, Ph
   v1::Envelope envelope;
   for (Bytes rest = bytes_of(frame); !rest.empty();) {
     if (absl::Status status = sealer_->seal(rest, *envelope.mutable_data()); !status.ok()) {
-      return give_up(std::move(status));
+      return give_up(absl::UnavailableError(status.message()));
     }
     clock.lap(times.encrypt_ms);
     if (!write(envelope)) return give_up(broken(interrupt, false));
@@ -444,14 +442,14 @@ absl::Status ClientLink::step(const StepRequest& request, std::stop_token stop, 
   clock.lap(times.encode_ms);
   const double network_before = times.network_ms;
   if (absl::Status status = send(frame, interrupt, times); !status.ok()) return status;
-  const std::size_t expected =
-      rows_back(request) * wire_row_bytes(request.dtype, options_.hidden_size);
+  const std::uint32_t rows_back = output_rows(request.wanted, request.rows);
+  const std::size_t expected = rows_back * wire_row_bytes(request.dtype, options_.hidden_size);
   absl::StatusOr<Frame> answer = receive(expected + kMaxFrameOverhead, interrupt, times);
   if (!answer.ok()) return answer.status();
 
   PhaseClock unpack_clock;
   auto* output = std::get_if<OutputFrame>(&answer->kind);
-  const bool fits = output != nullptr && output->rows == rows_back(request) &&
+  const bool fits = output != nullptr && output->rows == rows_back &&
                     output->kv_len == request.start_pos + request.rows &&
                     (output->rows == 0 || output->tensor.dtype == request.dtype);
   if (!fits || !unpack_tensor(output->tensor, expected, reply.tensor).ok()) {

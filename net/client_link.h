@@ -29,10 +29,11 @@ struct ClientLinkOptions {
   LogSink log;
 };
 
-// Connects and completes the handshake; the fingerprints are checked by open_session(). Errors are
-// those of Link. The first error that is not about one request's contents gives the connection up,
-// a triggered stop token in the middle of a call included; from then on the link repeats that
-// error.
+// Connects and completes the handshake; the fingerprints are checked by open_session(), which must
+// follow within a minute: the server then ends a connection that has sent nothing. Errors are those
+// of Link. The first error that is not about one request's contents gives the connection up, and
+// the link repeats that error from then on. A stop token that is triggered in the middle of a call
+// gives it up too: that call returns Cancelled, all later ones Unavailable.
 absl::StatusOr<std::unique_ptr<Link>> connect_link(const ClientLinkOptions& options,
                                                    const std::stop_token& stop = {});
 

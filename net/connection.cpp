@@ -2,16 +2,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "net/bytes.h"
 
 namespace infemeral {
 namespace {
 
-std::span<const std::byte> bytes_of(const std::string& text) {
-  return std::as_bytes(std::span<const char>(text));
+grpc::Status too_many_requests() {
+  return {grpc::StatusCode::RESOURCE_EXHAUSTED,
+          "an envelope brings more requests than may wait for their answers"};
 }
 
 grpc::Status protocol_error(const absl::Status& status) {
@@ -26,6 +29,28 @@ std::string short_hex(const Fingerprint& fingerprint) {
 
 std::string short_name(const PublicKey& key) {
   return format_public_key(key).substr(0, 25);
+}
+
+bool all_finite(std::span<const float> values) {
+  return std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); });
+}
+
+BodyServerOptions without_identity(BodyServerOptions options) {
+  options.identity = nullptr;  // its owner may go
+  return options;
+}
+
+AdmissionLimits admission_limits(const BodyServerOptions& options, const BodyInfo& info) {
+  AdmissionLimits limits{.sessions = options.max_sessions,
+                         .sessions_per_client = options.max_sessions_per_client,
+                         .positions = std::numeric_limits<std::uint64_t>::max()};
+  if (limits.sessions_per_client == 0) {
+    const std::set<PublicKey> clients(options.allow.begin(), options.allow.end());
+    limits.sessions_per_client =
+        clients.size() == 1 ? options.max_sessions : std::max(1u, options.max_sessions / 2);
+  }
+  if (options.max_kv_bytes > 0) limits.positions = options.max_kv_bytes / info.kv_bytes_per_token;
+  return limits;
 }
 
 absl::Status check_fits(const OpenFrame& open, const BodyInfo& body) {
@@ -53,19 +78,12 @@ absl::Status check_fits(const OpenFrame& open, const BodyInfo& body) {
 
 ServerState::ServerState(Body& served, const BodyServerOptions& given)
     : body(served),
-      options(given),
+      options(without_identity(given)),
       identity(Identity::from_secret(given.identity->secret_key().copy())),
       max_frame(max_frame_bytes(given.max_rows_per_step, served.info().hidden_size)),
+      admission(std::make_shared<Admission>(admission_limits(given, served.info()))),
       watchdog(std::make_unique<Watchdog>()),
       scheduler(std::make_unique<Scheduler>(served)) {}
-
-bool ServerState::take_session() {
-  std::uint32_t taken = sessions.load();
-  while (taken < options.max_sessions) {
-    if (sessions.compare_exchange_weak(taken, taken + 1)) return true;
-  }
-  return false;
-}
 
 Connection::Connection(std::shared_ptr<ServerState> server, std::string peer)
     : server_(std::move(server)), peer_(std::move(peer)) {}
@@ -82,16 +100,8 @@ void Connection::begin() {
     fail({grpc::StatusCode::UNAVAILABLE, "the server is shutting down"});
     return;
   }
-  server_->watchdog->arm(
-      Watchdog::Clock::now() + server_->options.handshake_timeout, [weak = weak_from_this()] {
-        const auto self = weak.lock();
-        if (!self) return;
-        const std::lock_guard lock(self->mutex_);
-        if (self->greeted_ || self->ending_) return;
-        ++self->server_->refused;
-        self->end({grpc::StatusCode::DEADLINE_EXCEEDED, "the handshake did not come in time"},
-                  true);
-      });
+  limit_stage(Stage::kNothing, server_->options.handshake_timeout,
+              "the handshake did not come in time");
   const std::lock_guard lock(mutex_);
   read_more();
 }
@@ -102,7 +112,7 @@ void Connection::drain() {
 }
 
 void Connection::OnReadDone(bool ok) {
-  bool greeted = false;
+  Stage stage{};
   {
     const std::lock_guard lock(mutex_);
     if (!ok) {
@@ -111,9 +121,9 @@ void Connection::OnReadDone(bool ok) {
       return;
     }
     if (ending_) return;
-    greeted = greeted_;
+    stage = stage_;
   }
-  const grpc::Status status = greeted ? on_records() : on_hello();
+  const grpc::Status status = stage == Stage::kNothing ? on_hello() : on_records(stage);
   if (!status.ok()) {
     fail(status);
     return;
@@ -150,6 +160,7 @@ void Connection::OnDone() {
     ended.swap(sessions_);
   }
   ended.clear();  // the body outlives its sessions
+  if (alarm_) server->watchdog->disarm(*alarm_);
   const std::lock_guard lock(server->mutex);
   server->open.erase(self);
   server->changed.notify_all();
@@ -208,28 +219,52 @@ grpc::Status Connection::on_hello() {
       status.ok() ? handshake->split() : absl::StatusOr<NoiseTransport>(status);
   if (!transport.ok()) return refuse(protocol_error(transport.status()));
 
-  ++server_->handshakes;
-  log_to(server_->options.log, LogLevel::kInfo,
-         "client " + short_name(transport->remote_static) + "... connected from " + peer_);
+  client_ = transport->remote_static;
   opener_ = std::make_unique<FrameOpener>(std::move(transport->receive));
+  limit_stage(Stage::kHello, server_->options.first_frame_timeout,
+              "no frame followed the handshake in time");
   const std::lock_guard lock(mutex_);
   sealer_ = std::make_unique<FrameSealer>(std::move(transport->send));
-  greeted_ = true;
+  stage_ = Stage::kHello;
   outgoing_.push_back(std::move(envelope));
   write_more();
   return grpc::Status::OK;
 }
 
-grpc::Status Connection::on_records() {
+void Connection::on_proof() {
+  ++server_->handshakes;
+  log_to(server_->options.log, LogLevel::kDebug,
+         "client " + short_name(client_) + "... connected from " + peer_);
+  const std::lock_guard lock(mutex_);
+  stage_ = Stage::kProven;
+}
+
+void Connection::limit_stage(Stage stage, std::chrono::milliseconds timeout, const char* missing) {
+  Watchdog& watchdog = *server_->watchdog;
+  if (alarm_) watchdog.disarm(*alarm_);
+  alarm_ =
+      watchdog.arm(Watchdog::Clock::now() + timeout, [weak = weak_from_this(), stage, missing] {
+        const auto self = weak.lock();
+        if (!self) return;
+        const std::lock_guard lock(self->mutex_);
+        if (self->stage_ > stage || self->ending_) return;
+        ++self->server_->refused;
+        self->end({grpc::StatusCode::DEADLINE_EXCEEDED, missing}, true);
+      });
+}
+
+grpc::Status Connection::on_records(Stage stage) {
   if (incoming_.has_hello()) {
     return {grpc::StatusCode::INVALID_ARGUMENT, "a second hello on one stream"};
   }
   std::vector<std::string> frames;
-  const std::size_t max_frame = sessions_.empty() ? kMaxFrameOverhead : server_->max_frame;
+  const std::size_t max_frame = opened_once_ ? server_->max_frame : kMaxFrameOverhead;
   if (absl::Status status = opener_->open(bytes_of(incoming_.data()), max_frame, frames);
       !status.ok()) {
-    return protocol_error(status);
+    return stage == Stage::kHello ? refuse(protocol_error(status)) : protocol_error(status);
   }
+  if (stage == Stage::kHello) on_proof();
+  if (frames.size() > server_->options.max_pending_per_connection) return too_many_requests();
   for (const std::string& bytes : frames) {
     absl::StatusOr<Frame> frame = decode_frame(bytes_of(bytes));
     if (!frame.ok()) return protocol_error(frame.status());
@@ -250,6 +285,8 @@ grpc::Status Connection::on_frame(Frame frame) {
   }
   {
     const std::lock_guard lock(mutex_);
+    // Only an envelope that holds several frames comes here with as many pending.
+    if (pending_ >= server_->options.max_pending_per_connection) return too_many_requests();
     ++pending_;
   }
   if (open != nullptr) {
@@ -268,13 +305,10 @@ grpc::Status Connection::on_frame(Frame frame) {
 absl::StatusOr<OpenedFrame> Connection::open_session(const OpenFrame& open) {
   const BodyInfo& info = server_->body.info();
   if (absl::Status status = check_fits(open, info); !status.ok()) return status;
-  if (!server_->take_session()) {
-    return absl::ResourceExhaustedError(absl::StrCat("the server has all of its ",
-                                                     server_->options.max_sessions,
-                                                     " sessions in use; try again later"));
-  }
+  absl::StatusOr<std::unique_ptr<SessionLease>> lease = server_->admission->admit(client_);
+  if (!lease.ok()) return lease.status();
   auto session = std::make_shared<ServedSession>();
-  session->on_end = [server = server_] { --server->sessions; };
+  session->lease = *std::move(lease);
   absl::StatusOr<std::unique_ptr<BodySession>> made = server_->body.new_session();
   if (!made.ok()) return made.status();
   session->body = *std::move(made);
@@ -283,6 +317,7 @@ absl::StatusOr<OpenedFrame> Connection::open_session(const OpenFrame& open) {
   std::uint64_t id = 0;
   while (id == 0 || sessions_.count(id) != 0) randombytes_buf(&id, sizeof id);
   sessions_.emplace(id, std::move(session));
+  opened_once_ = true;
   return OpenedFrame{{.id = id,
                       .hidden_size = info.hidden_size,
                       .max_context = info.max_context,
@@ -320,11 +355,14 @@ absl::Status Connection::submit_step(std::uint64_t request, const StepFrame& ste
   for (std::size_t i = 0; i < step.rows; ++i) {
     const std::span<float> row = std::span<float>(job.states).subspan(i * hidden_size, hidden_size);
     decode_wire_row(dtype, wire.data() + i * row_bytes, row);
-    if (!std::all_of(row.begin(), row.end(), [](float x) { return std::isfinite(x); })) {
+    if (!all_finite(row)) {
       return absl::InvalidArgumentError(
           absl::StrCat("row ", i, " of the step holds a value that is not finite"));
     }
   }
+  // Last, so that a step that is refused takes no room.
+  const std::uint32_t end = step.start_pos + step.rows;
+  if (absl::Status status = found->second->lease->reserve(end); !status.ok()) return status;
   job.abandoned = [self = shared_from_this()] { return self->gone_.load(); };
   job.done = [self = shared_from_this(), request, dtype](StepJob& done) {
     self->on_step_done(request, dtype, done);
@@ -339,6 +377,11 @@ void Connection::on_step_done(std::uint64_t request, WireDtype dtype, StepJob& j
   ++server_->steps;
   if (!job.status.ok()) {
     answer(request, ErrorFrame{job.status});
+    return;
+  }
+  if (!all_finite(job.out)) {
+    answer(request, ErrorFrame{absl::InternalError(
+                        "the body computed a value that is not finite; is its folder damaged?")});
     return;
   }
   const std::size_t hidden_size = server_->body.info().hidden_size;

@@ -5,6 +5,7 @@
 #include <grpcpp/grpcpp.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "engine/body.h"
+#include "net/admission.h"
 #include "net/body_server.h"
 #include "net/channel.h"
 #include "net/frames.h"
@@ -32,19 +34,16 @@ class Connection;
 struct ServerState {
   ServerState(Body& served, const BodyServerOptions& given);
 
-  // Takes one of max_sessions, or says that there is none.
-  bool take_session();
-
   Body& body;
-  const BodyServerOptions options;  // with `identity` unset and `ciphers` filled in
+  const BodyServerOptions options;  // with `identity` null and `ciphers` filled in
   const Identity identity;
   const std::size_t max_frame;  // bytes of the largest frame that a client may send
+  const std::shared_ptr<Admission> admission;
 
   std::atomic<std::uint64_t> connections = 0;
   std::atomic<std::uint64_t> handshakes = 0;
   std::atomic<std::uint64_t> refused = 0;
   std::atomic<std::uint64_t> steps = 0;
-  std::atomic<std::uint32_t> sessions = 0;
 
   std::mutex mutex;
   std::condition_variable changed;
@@ -75,15 +74,22 @@ class Connection : public grpc::ServerBidiReactor<v1::Envelope, v1::Envelope>,
   void OnDone() override;
 
  private:
+  // What the client has shown so far. The hello may be a recording of another stream's; the first
+  // record that decrypts proves that the client holds its key.
+  enum class Stage { kNothing, kHello, kProven };
   using SessionMap = std::map<std::uint64_t, std::shared_ptr<ServedSession>>;
 
   // Read side. A status ends the stream.
   grpc::Status on_hello();
-  grpc::Status on_records();
+  void on_proof();
+  grpc::Status on_records(Stage stage);
   grpc::Status on_frame(Frame frame);
   absl::StatusOr<OpenedFrame> open_session(const OpenFrame& open);
   absl::Status submit_step(std::uint64_t request, const StepFrame& step);
   grpc::Status refuse(grpc::Status status);
+
+  // Ends the stream unless it has come beyond `stage` within `timeout`.
+  void limit_stage(Stage stage, std::chrono::milliseconds timeout, const char* missing);
 
   // Any thread.
   void on_step_done(std::uint64_t request, WireDtype dtype, StepJob& job);
@@ -101,10 +107,13 @@ class Connection : public grpc::ServerBidiReactor<v1::Envelope, v1::Envelope>,
 
   v1::Envelope incoming_;
   std::unique_ptr<FrameOpener> opener_;  // after the handshake
+  PublicKey client_{};                   // likewise
   SessionMap sessions_;
+  bool opened_once_ = false;  // a session, which may be closed by now
+  std::optional<Watchdog::Ticket> alarm_;
 
   std::mutex mutex_;
-  bool greeted_ = false;  // the client's hello was good
+  Stage stage_ = Stage::kNothing;
   std::unique_ptr<FrameSealer> sealer_;
   std::deque<v1::Envelope> outgoing_;  // the first one is being written while writing_
   bool writing_ = false;

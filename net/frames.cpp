@@ -31,6 +31,21 @@ bool text_ok(const std::string& text) {
   return text.size() <= kMaxTextBytes && std::all_of(text.begin(), text.end(), printable);
 }
 
+// The codes that docs/protocol.md gives to an Error. The rest say something about an end of the
+// stream, or nothing: Cancelled and Unavailable are never the other end's to say of a request.
+absl::StatusCode error_code(absl::StatusCode code) {
+  switch (code) {
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kFailedPrecondition:
+    case absl::StatusCode::kInternal:
+      return code;
+    default:
+      return absl::StatusCode::kInternal;
+  }
+}
+
 absl::Status bad_frame(const char* what) {
   return absl::InvalidArgumentError(absl::StrCat("a frame with ", what));
 }
@@ -99,7 +114,7 @@ void set_kind(const CloseFrame& close, v1::Frame& message) {
 
 void set_kind(const ErrorFrame& error, v1::Frame& message) {
   v1::Error* out = message.mutable_error();
-  out->set_code(static_cast<std::uint32_t>(error.status.code()));
+  out->set_code(static_cast<std::uint32_t>(error_code(error.status.code())));
   const auto text = error.status.message();
   out->set_message(clean_text(std::string_view(text.data(), text.size())));
 }
@@ -175,7 +190,8 @@ absl::StatusOr<ErrorFrame> get_error(const v1::Error& message) {
   // The canonical codes; 0 would be no error.
   if (message.code() < 1 || message.code() > 16) return bad_frame("an unknown error code");
   if (!text_ok(message.message())) return bad_frame("an unreadable error");
-  return ErrorFrame{absl::Status(static_cast<absl::StatusCode>(message.code()), message.message())};
+  const auto code = error_code(static_cast<absl::StatusCode>(message.code()));
+  return ErrorFrame{absl::Status(code, message.message())};
 }
 
 // Puts the decoded kind into a Frame.

@@ -55,7 +55,9 @@ struct CloseFrame {
 };
 
 struct ErrorFrame {
-  absl::Status status;  // never OK
+  // Never OK. InvalidArgument, NotFound, ResourceExhausted, FailedPrecondition or Internal: another
+  // code becomes Internal, both when it is encoded and when it is decoded.
+  absl::Status status;
 };
 
 struct Frame {

@@ -5,21 +5,6 @@
 #include <utility>
 
 namespace infemeral {
-namespace {
-
-std::size_t rows_back(Wanted wanted, std::uint32_t rows) {
-  switch (wanted) {
-    case Wanted::kNone:
-      return 0;
-    case Wanted::kLast:
-      return 1;
-    case Wanted::kAll:
-      return rows;
-  }
-  return 0;
-}
-
-}  // namespace
 
 Scheduler::Scheduler(Body& body) : body_(body), thread_([this] { run(); }) {}
 
@@ -76,7 +61,7 @@ void Scheduler::run() {
     std::vector<BodyStep> steps;
     steps.reserve(batch.size());
     for (StepJob& job : batch) {
-      job.out.resize(rows_back(job.wanted, job.rows) * hidden_size);
+      job.out.resize(output_rows(job.wanted, job.rows) * hidden_size);
       steps.push_back({.session = job.session->body.get(),
                        .start_pos = job.start_pos,
                        .rows = job.rows,

@@ -12,19 +12,15 @@
 
 #include "absl/status/status.h"
 #include "engine/body.h"
+#include "net/admission.h"
 
 namespace infemeral {
 
 // A session as the server holds it: shared by its connection and by the steps that wait, so that
 // it is destroyed after the last of them.
 struct ServedSession {
+  std::unique_ptr<SessionLease> lease;  // given back when the body's part is gone
   std::unique_ptr<BodySession> body;
-  std::function<void()> on_end;  // called when the body's part is gone
-
-  ~ServedSession() {
-    body.reset();
-    if (on_end) on_end();
-  }
 };
 
 struct StepJob {

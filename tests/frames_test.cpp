@@ -3,16 +3,14 @@
 #include <catch2/catch.hpp>
 #include <limits>
 #include <random>
+#include <set>
 
+#include "net/bytes.h"
 #include "net/channel.h"
 #include "proto/split_inference.pb.h"
 
 namespace infemeral {
 namespace {
-
-std::span<const std::byte> bytes_of(const std::string& text) {
-  return std::as_bytes(std::span<const char>(text));
-}
 
 std::string random_text(std::size_t size) {
   std::string text(size, '\0');
@@ -122,6 +120,22 @@ TEST_CASE("every kind of frame survives the wire") {
   CHECK(round_trip(1, CloseFrame{77}).session == 77);
   const ErrorFrame error = round_trip(1, ErrorFrame{absl::NotFoundError("no such session")});
   CHECK(error.status == absl::NotFoundError("no such session"));
+}
+
+TEST_CASE("an error's code is one of the documented ones") {
+  const std::set<int> documented = {3, 5, 8, 9, 13};
+  for (int code = 1; code <= 16; ++code) {
+    const int expected = documented.count(code) != 0 ? code : 13;
+    const absl::Status sent(static_cast<absl::StatusCode>(code), "words");
+    v1::Frame message;
+    REQUIRE(message.ParseFromString(encode_frame({1, ErrorFrame{sent}})));
+    CHECK(message.error().code() == static_cast<std::uint32_t>(expected));
+
+    message.mutable_error()->set_code(static_cast<std::uint32_t>(code));
+    const Frame frame = decode_ok(message.SerializeAsString());
+    CHECK(std::get<ErrorFrame>(frame.kind).status ==
+          absl::Status(static_cast<absl::StatusCode>(expected), "words"));
+  }
 }
 
 TEST_CASE("texts are made fit for a terminal") {

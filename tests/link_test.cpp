@@ -4,7 +4,10 @@
 #include <chrono>
 #include <cstring>
 #include <latch>
+#include <set>
+#include <variant>
 
+#include "net/bytes.h"
 #include "net/channel.h"
 #include "net/frames.h"
 #include "proto/split_inference.grpc.pb.h"
@@ -68,10 +71,6 @@ v1::Envelope hello(CipherSuite suite, const std::string& data) {
   return envelope;
 }
 
-std::span<const std::byte> bytes_of(const std::string& text) {
-  return std::as_bytes(std::span<const char>(text));
-}
-
 OpenFrame open_frame(const Rig& rig) {
   return {rig.options.model_fingerprint, rig.options.cloak_commitment, 96};
 }
@@ -125,6 +124,61 @@ struct RawClient {
   RawStream raw;
   std::unique_ptr<FrameSealer> sealer;
   std::unique_ptr<FrameOpener> opener;
+};
+
+// A server that completes the handshake and then says what it likes.
+struct RudeServer final : v1::SplitInference::Service {
+  using Answer = std::variant<std::string, grpc::Status>;  // a frame, or the end of the stream
+
+  explicit RudeServer(const Identity& own) : identity(own) {
+    grpc::ServerBuilder builder;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(this);
+    server = builder.BuildAndStart();
+    REQUIRE(server);
+  }
+  ~RudeServer() override { server->Shutdown(std::chrono::system_clock::now()); }
+
+  grpc::Status Session(grpc::ServerContext*,
+                       grpc::ServerReaderWriter<v1::Envelope, v1::Envelope>* stream) override {
+    v1::Envelope envelope;
+    if (!stream->Read(&envelope)) return grpc::Status::CANCELLED;
+    if (at_hello) return *at_hello;
+    const auto suite = *cipher_suite_from_number(envelope.hello().cipher());
+    const std::string prologue = noise_prologue(kProtocolVersion, suite);
+    auto handshake = *NoiseHandshake::responder(suite, bytes_of(prologue), identity);
+    std::string unused;
+    v1::Envelope second;
+    if (!handshake.read_message(bytes_of(envelope.data()), unused).ok() ||
+        !handshake.write_message(bytes_of(payload), *second.mutable_data()).ok()) {
+      return {grpc::StatusCode::UNAUTHENTICATED, "no handshake"};
+    }
+    stream->Write(second);
+    auto transport = *handshake.split();
+    FrameSealer sealer(std::move(transport.send));
+    FrameOpener opener(std::move(transport.receive));
+    while (stream->Read(&envelope)) {
+      std::vector<std::string> frames;
+      if (!opener.open(bytes_of(envelope.data()), 100000, frames).ok()) break;
+      for (const std::string& frame : frames) {
+        const Answer said = answer(*decode_frame(bytes_of(frame)));
+        if (const auto* status = std::get_if<grpc::Status>(&said)) return *status;
+        std::span<const std::byte> rest = bytes_of(std::get<std::string>(said));
+        v1::Envelope reply;
+        if (!sealer.seal(rest, *reply.mutable_data()).ok()) break;
+        stream->Write(reply);
+      }
+    }
+    return grpc::Status::OK;
+  }
+
+  const Identity& identity;
+  int port = 0;
+  // Set while no stream is open.
+  std::optional<grpc::Status> at_hello;
+  std::string payload;  // of the second handshake message
+  std::function<Answer(const Frame&)> answer;
+  std::unique_ptr<grpc::Server> server;
 };
 
 // One message to a method whose messages this test has no code for, and the first one back.
@@ -426,6 +480,7 @@ TEST_CASE("values that are not finite, short tensors and foreign sessions are re
 TEST_CASE("the newcomer beyond the limit of sessions is turned away, the others go on") {
   Rig rig;
   rig.server_options.max_sessions = 2;
+  rig.server_options.max_sessions_per_client = 2;
   rig.start();
   const auto first = rig.connect();
   const auto second = rig.connect();
@@ -438,6 +493,93 @@ TEST_CASE("the newcomer beyond the limit of sessions is turned away, the others 
   first->close_session(a.session.id);
   CHECK(soon([&] { return rig.server->counters().open_sessions == 1; }));
   CHECK(second->open_session({}).ok());
+}
+
+TEST_CASE("one client does not take the sessions of all") {
+  Rig rig;
+  rig.server_options.max_sessions = 4;
+  const Identity other = Identity::generate();
+  SECTION("half of them, over all of its connections") {
+    rig.server_options.allow.push_back(other.public_key());
+    rig.start();
+    const auto first = rig.connect();
+    const auto second = rig.connect();
+    Talk a(*first, 96, WireDtype::kF16);
+    Talk b(*second, 96, WireDtype::kF16);
+    for (Link* link : {first.get(), second.get()}) {
+      check_says(link->open_session({}).status(), absl::StatusCode::kResourceExhausted,
+                 "all of the 2 sessions");
+    }
+    rig.options.identity = &other;
+    const auto third = rig.connect();
+    Talk c(*third, 96, WireDtype::kF16);
+    Talk d(*third, 96, WireDtype::kF16);
+    for (Talk* talk : {&a, &b, &c, &d}) CHECK(talk->step(0, 2, Wanted::kAll).ok());
+    check_says(third->open_session({}).status(), absl::StatusCode::kResourceExhausted,
+               "all of its 4 sessions");
+    first->close_session(a.session.id);
+    CHECK(soon([&] { return rig.server->counters().open_sessions == 3; }));
+    CHECK(second->open_session({}).ok());
+  }
+  SECTION("all of them, when it is the only one") {
+    rig.server_options.allow = {rig.client_identity.public_key(), rig.client_identity.public_key()};
+    rig.start();
+    const auto link = rig.connect();
+    for (int i = 0; i < 4; ++i) CHECK(link->open_session({}).ok());
+    CHECK(link->open_session({}).status().code() == absl::StatusCode::kResourceExhausted);
+  }
+  SECTION("as many as the operator says") {
+    rig.server_options.max_sessions_per_client = 3;
+    rig.start();
+    const auto link = rig.connect();
+    for (int i = 0; i < 3; ++i) CHECK(link->open_session({}).ok());
+    check_says(link->open_session({}).status(), absl::StatusCode::kResourceExhausted,
+               "all of the 3 sessions");
+  }
+}
+
+TEST_CASE("the step that needs more KV cache than the server has is turned away") {
+  Rig rig;
+  rig.server_options.max_kv_bytes = 100 * rig.body.info().kv_bytes_per_token + 1;
+  rig.start();
+  const auto first = rig.connect();
+  const auto second = rig.connect();
+  Talk a(*first, 96, WireDtype::kF16);
+  Talk b(*second, 96, WireDtype::kF16);
+  REQUIRE(a.step(0, 60, Wanted::kLast).ok());
+  REQUIRE(b.step(0, 40, Wanted::kLast).ok());
+  const auto kept = b.rows;
+  check_says(b.step(40, 1, Wanted::kLast), absl::StatusCode::kResourceExhausted,
+             "no room for 41 positions");
+  b.rows = kept;
+  check_says(b.step(20, 500, Wanted::kLast), absl::StatusCode::kResourceExhausted,
+             "no room for 520 positions");
+  b.rows = kept;
+  // Those who are in go on within what they have, and b's cache is as it was.
+  CHECK(b.step(39, 1, Wanted::kAll).ok());
+  CHECK(a.step(59, 1, Wanted::kAll).ok());
+  CHECK(a.step(0, 10, Wanted::kAll).ok());
+  Talk c(*second, 96, WireDtype::kF16);
+  CHECK(c.step(0, 1, Wanted::kAll).code() == absl::StatusCode::kResourceExhausted);
+  // A session's room comes back with its end.
+  first->close_session(a.session.id);
+  CHECK(soon([&] { return rig.server->counters().open_sessions == 2; }));
+  CHECK(b.step(40, 60, Wanted::kAll).ok());
+  CHECK(b.step(100, 1, Wanted::kAll).code() == absl::StatusCode::kResourceExhausted);
+}
+
+TEST_CASE("an answer that is not finite becomes the body's error") {
+  Rig rig;
+  rig.start();
+  const auto link = rig.connect();
+  for (WireDtype dtype : kDtypes) {
+    Talk talk(*link, 96, dtype);
+    REQUIRE(talk.step(0, 3, Wanted::kAll).ok());
+    rig.body.broken = true;
+    check_says(talk.step(3, 2, Wanted::kAll), absl::StatusCode::kInternal, "not finite");
+    rig.body.broken = false;
+    CHECK(talk.step(3, 2, Wanted::kAll).ok());
+  }
 }
 
 TEST_CASE("sessions end with their connection") {
@@ -534,8 +676,9 @@ TEST_CASE("a stop token ends a step and gives the link up") {
   });
   CHECK(link->step(request, stop.get_token(), reply, times).code() == absl::StatusCode::kCancelled);
   stopper.join();
-  CHECK(link->step(request, {}, reply, times).code() == absl::StatusCode::kCancelled);
-  CHECK(link->open_session({}).status().code() == absl::StatusCode::kCancelled);
+  const std::string given_up = "the connection was given up after a cancellation; connect again";
+  check_says(link->step(request, {}, reply, times), absl::StatusCode::kUnavailable, given_up);
+  check_says(link->open_session({}).status(), absl::StatusCode::kUnavailable, given_up);
   leave.count_down();
   CHECK(soon([&] { return rig.server->counters().open_sessions == 0; }));
 }
@@ -794,6 +937,8 @@ TEST_CASE("streams that do not follow the protocol are ended, the others go on")
     replay.stream->Write(envelope);
     CHECK(replay.ending().error_code() == grpc::StatusCode::DATA_LOSS);
     CHECK(rig.server->counters().open_sessions == 1);
+    CHECK(rig.server->counters().handshakes == 1);  // the link's
+    CHECK(rig.server->counters().refused == 1);
   }
   SECTION("a repeated record") {
     RawClient rude(rig);
@@ -840,7 +985,7 @@ TEST_CASE("requests of one connection may be in flight together") {
   rig.start();
   RawClient client(rig);
   // More, without waiting, than the server keeps at once.
-  constexpr std::uint64_t kRequests = 50;
+  constexpr std::uint64_t kRequests = 30;
   for (std::uint64_t i = 1; i <= kRequests; ++i) client.send({i, open_frame(rig)});
   client.raw.stream->WritesDone();
   for (std::uint64_t i = 1; i <= kRequests; ++i) {
@@ -849,6 +994,150 @@ TEST_CASE("requests of one connection may be in flight together") {
     CHECK(std::holds_alternative<OpenedFrame>(answer.kind));
   }
   CHECK(client.raw.ending().ok());
+}
+
+TEST_CASE("one envelope does not bring more requests than may wait") {
+  Rig rig;
+  rig.server_options.max_pending_per_connection = 4;
+  std::latch leave(1);
+  std::atomic<bool> block = false;
+  rig.body.before_run = [&] {
+    if (block) leave.wait();
+  };
+  rig.start();
+  RawClient client(rig);
+  client.send({1, open_frame(rig)});
+  const std::uint64_t session = std::get<OpenedFrame>(client.receive().kind).session.id;
+  const auto steps = [&](int count) {
+    std::string data;
+    for (int i = 0; i < count; ++i) {
+      const std::string row(wire_row_bytes(WireDtype::kF16, 96), '\0');
+      data += client.seal(
+          encode_frame({2, StepFrame{.session = session, .rows = 1, .tensor = {.bytes = row}}}));
+    }
+    return data;
+  };
+  SECTION("as many as may wait") {
+    client.write(steps(4));
+    for (int i = 0; i < 4; ++i) CHECK(std::holds_alternative<OutputFrame>(client.receive().kind));
+  }
+  SECTION("more than may wait") {
+    CHECK(client.ended_by(steps(5)) == grpc::StatusCode::RESOURCE_EXHAUSTED);
+    CHECK(rig.body.seen.empty());
+  }
+  SECTION("more than may wait with those that wait") {
+    block = true;
+    client.write(steps(3));
+    REQUIRE(soon([&] { return rig.server->counters().waiting_steps == 2; }));
+    CHECK(client.ended_by(steps(2)) == grpc::StatusCode::RESOURCE_EXHAUSTED);
+    CHECK(rig.server->counters().waiting_steps <= 3);
+  }
+  leave.count_down();
+}
+
+TEST_CASE("a stream whose client proves nothing ends, the others may be idle") {
+  Rig rig;
+  rig.server_options.first_frame_timeout = milliseconds(300);
+  rig.start();
+  const auto link = rig.connect();
+  Talk talk(*link, 96, WireDtype::kF16);
+  CHECK(rig.server->counters().handshakes == 1);
+  RawClient original(rig);  // itself without a frame
+  RawStream replay(rig.options.server);
+  replay.stream->Write(hello(CipherSuite::kChaChaPoly, original.first));
+  CHECK(replay.ending().error_code() == grpc::StatusCode::DEADLINE_EXCEEDED);
+  CHECK(original.raw.ending().error_code() == grpc::StatusCode::DEADLINE_EXCEEDED);
+  CHECK(rig.server->counters().handshakes == 1);
+  CHECK(rig.server->counters().refused == 2);
+  CHECK(talk.step(0, 3, Wanted::kAll).ok());
+}
+
+TEST_CASE("a large frame may come late, after the last session was closed") {
+  Rig rig;
+  rig.start();
+  RawClient client(rig);
+  client.send({1, open_frame(rig)});
+  const std::uint64_t session = std::get<OpenedFrame>(client.receive().kind).session.id;
+  client.send({2, CloseFrame{session}});
+  const std::string rows(20 * wire_row_bytes(WireDtype::kF16, 96), '\0');
+  client.send({3, StepFrame{.session = session, .rows = 20, .tensor = {.bytes = rows}}});
+  const Frame answer = client.receive();
+  REQUIRE(std::holds_alternative<ErrorFrame>(answer.kind));
+  CHECK(std::get<ErrorFrame>(answer.kind).status.code() == absl::StatusCode::kNotFound);
+}
+
+TEST_CASE("whatever a server says, the end of a link is not one request's fault") {
+  using absl::StatusCode;
+  const std::set<StatusCode> ends = {StatusCode::kUnavailable,      StatusCode::kDataLoss,
+                                     StatusCode::kDeadlineExceeded, StatusCode::kUnauthenticated,
+                                     StatusCode::kPermissionDenied, StatusCode::kFailedPrecondition,
+                                     StatusCode::kCancelled};
+  const std::set<StatusCode> errors = {StatusCode::kInvalidArgument, StatusCode::kNotFound,
+                                       StatusCode::kResourceExhausted,
+                                       StatusCode::kFailedPrecondition, StatusCode::kInternal};
+  Rig rig;
+  RudeServer server(rig.server_identity);
+  rig.use_port(server.port);
+  StepReply reply;
+  PhaseTimes times;
+  const std::vector<std::byte> wire(wire_row_bytes(WireDtype::kF16, 96));
+  for (int code = 0; code <= 16; ++code) {
+    CAPTURE(code);
+    const grpc::Status status(static_cast<grpc::StatusCode>(code), "words");
+    server.at_hello = status;
+    CHECK(ends.count(connect_link(rig.options).status().code()) == 1);
+    server.at_hello.reset();
+
+    const auto opened = [&](const Frame& frame) {
+      return encode_frame(
+          {frame.request,
+           OpenedFrame{
+               {.id = 1, .hidden_size = 96, .max_context = 10, .max_rows = 10, .body = "rude"}}});
+    };
+    server.answer = [&](const Frame& frame) -> RudeServer::Answer {
+      if (std::holds_alternative<OpenFrame>(frame.kind)) return opened(frame);
+      return status;
+    };
+    auto link = rig.connect();
+    const auto session = link->open_session({});
+    REQUIRE(session.ok());
+    const StepRequest request{
+        .session = session->id, .rows = 1, .dtype = WireDtype::kF16, .tensor = wire};
+    for (int again = 0; again < 2; ++again) {
+      const absl::Status ended = link->step(request, {}, reply, times);
+      INFO(ended);
+      CHECK(ends.count(ended.code()) == 1);
+      CHECK(ended.code() != StatusCode::kCancelled);  // nobody here asked for that
+    }
+
+    // An Error frame is about the request; the link and its session go on.
+    if (code == 0) continue;
+    server.answer = [&](const Frame& frame) -> RudeServer::Answer {
+      if (std::holds_alternative<OpenFrame>(frame.kind)) return opened(frame);
+      v1::Frame message;
+      message.set_version(kProtocolVersion);
+      message.set_request(frame.request);
+      message.mutable_error()->set_code(static_cast<std::uint32_t>(code));
+      message.mutable_error()->set_message("words");
+      return message.SerializeAsString();
+    };
+    link = rig.connect();
+    REQUIRE(link->open_session({}).ok());
+    const auto own = static_cast<StatusCode>(code);
+    for (int again = 0; again < 2; ++again) {
+      check_says(link->step(request, {}, reply, times),
+                 errors.count(own) == 1 ? own : StatusCode::kInternal, "words");
+    }
+  }
+}
+
+TEST_CASE("a second handshake message that carries something is refused") {
+  Rig rig;
+  RudeServer server(rig.server_identity);
+  server.payload = "early";
+  rig.use_port(server.port);
+  check_says(connect_link(rig.options).status(), absl::StatusCode::kUnauthenticated,
+             "pinned server key");
 }
 
 TEST_CASE("health checks and reflection answer") {
@@ -883,6 +1172,10 @@ TEST_CASE("server options that cannot be served are refused") {
   SECTION("no sessions") {
     rig.server_options.max_sessions = 0;
     check_says(refused(), absl::StatusCode::kInvalidArgument, "max_sessions");
+  }
+  SECTION("a KV cache without room for one position") {
+    rig.server_options.max_kv_bytes = rig.body.info().kv_bytes_per_token - 1;
+    check_says(refused(), absl::StatusCode::kInvalidArgument, "max_kv_bytes");
   }
   SECTION("a port that is taken") {
     rig.start();

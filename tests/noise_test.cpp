@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "net/bytes.h"
 #include "net/secret.h"
 
 namespace infemeral {
@@ -14,10 +15,6 @@ namespace {
 
 using Bytes = std::span<const std::byte>;
 constexpr CipherSuite kSuites[] = {CipherSuite::kAesGcm, CipherSuite::kChaChaPoly};
-
-Bytes bytes_of(const std::string& text) {
-  return std::as_bytes(std::span<const char>(text));
-}
 
 std::string random_text(std::size_t size) {
   std::string text(size, '\0');

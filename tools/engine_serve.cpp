@@ -21,6 +21,8 @@ struct ServeOptions {
   int threads = 0;
   std::uint32_t max_context = 0;
   std::uint32_t max_sessions = 64;
+  std::uint32_t max_sessions_per_client = 0;
+  std::uint64_t max_kv_mib = 0;
   bool quiet = false;
   bool verbose = false;
 };
@@ -44,6 +46,16 @@ void add_flags(CLI::App& app, ServeOptions& o) {
       ->capture_default_str();
   with_env(app.add_option("--max-sessions", o.max_sessions, "Sessions at a time"))
       ->check(CLI::Range(1u, 100000u))
+      ->capture_default_str();
+  with_env(app.add_option("--max-sessions-per-client", o.max_sessions_per_client,
+                          "Of these, for one client; 0 is half of them, or all when only one "
+                          "client is allowed"))
+      ->check(CLI::Range(0u, 100000u))
+      ->capture_default_str();
+  with_env(app.add_option("--max-kv-mib", o.max_kv_mib,
+                          "Memory for the KV caches of all sessions together, in MiB; 0 is no "
+                          "limit"))
+      ->check(CLI::Range(std::uint64_t{0}, std::uint64_t{1} << 40))
       ->capture_default_str();
   with_env(app.add_flag("--quiet", o.quiet, "Errors only"));
   with_env(app.add_flag("--verbose", o.verbose, "Connections and sessions too"));
@@ -77,11 +89,14 @@ int serve(const ServeOptions& options, const SignalStop& signals) {
   auto body = load_cpu_body(options.model,
                             {.threads = options.threads, .max_context = options.max_context});
   if (!body.ok()) return fail(body.status());
-  auto server = BodyServer::start(**body, {.listen = options.listen,
-                                           .identity = &*identity,
-                                           .allow = *std::move(allow),
-                                           .max_sessions = options.max_sessions,
-                                           .log = console.sink()});
+  auto server =
+      BodyServer::start(**body, {.listen = options.listen,
+                                 .identity = &*identity,
+                                 .allow = *std::move(allow),
+                                 .max_sessions = options.max_sessions,
+                                 .max_sessions_per_client = options.max_sessions_per_client,
+                                 .max_kv_bytes = options.max_kv_mib << 20,
+                                 .log = console.sink()});
   if (!server.ok()) return fail(server.status());
 
   // One line on stdout, so that a script can wait for it and learn the port.

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "net/bytes.h"
 #include "net/channel.h"
 #include "net/frames.h"
 #include "net/noise.h"
@@ -24,10 +25,6 @@ SecretKey fixed_key(std::uint8_t fill) {
   SecretKey key;
   std::memset(key.data(), fill, key.size());
   return key;
-}
-
-std::span<const std::byte> bytes_of(const std::string& text) {
-  return std::as_bytes(std::span<const char>(text));
 }
 
 // Message 1, as the server reads it.

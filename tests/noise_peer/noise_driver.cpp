@@ -15,16 +15,13 @@
 #include <sstream>
 #include <string>
 
+#include "net/bytes.h"
 #include "net/channel.h"
 #include "net/frames.h"
 #include "net/noise.h"
 
 namespace infemeral {
 namespace {
-
-std::span<const std::byte> bytes_of(const std::string& text) {
-  return std::as_bytes(std::span<const char>(text));
-}
 
 std::string to_hex(const std::string& bytes) {
   if (bytes.empty()) return "-";
