@@ -1030,14 +1030,13 @@ TEST_CASE("one envelope does not bring more requests than may wait") {
     client.write(steps(3));
     REQUIRE(soon([&] { return rig.server->counters().waiting_steps == 2; }));
     CHECK(client.ended_by(steps(2)) == grpc::StatusCode::RESOURCE_EXHAUSTED);
-    CHECK(rig.server->counters().waiting_steps <= 3);
   }
   leave.count_down();
 }
 
 TEST_CASE("a stream whose client proves nothing ends, the others may be idle") {
   Rig rig;
-  rig.server_options.first_frame_timeout = milliseconds(300);
+  rig.server_options.first_frame_timeout = milliseconds(1000);
   rig.start();
   const auto link = rig.connect();
   Talk talk(*link, 96, WireDtype::kF16);
