@@ -88,11 +88,11 @@ class Client {
 
   std::filesystem::path path() const { return folder_.path() / "client"; }
 
-  std::unique_ptr<ClientBackend> load(int threads = 0) const {
+  std::unique_ptr<ClientBackend> load(int threads = 0, HeadMode mode = HeadMode::kCertified) const {
     auto folder = ClientFolder::open(path());
     INFO(folder.status().message());
     REQUIRE(folder.ok());
-    auto backend = make_cpu_client_backend(*std::move(folder), {.threads = threads});
+    auto backend = make_cpu_client_backend(*std::move(folder), {.threads = threads, .head = mode});
     REQUIRE(backend.ok());
     return *std::move(backend);
   }
@@ -238,7 +238,7 @@ TEST_CASE("logits undo the cloak; on an f32 wire better than the float16 matrix 
 
 TEST_CASE("next_tokens samples from those logits, for many rows as for each alone") {
   const Client client({.hidden = 128, .vocab = 500, .cloak = CloakMode::kEager});
-  const auto one = client.load(1), two = client.load(2);
+  const auto one = client.load(1), two = client.load(2), full = client.load(1, HeadMode::kFull);
   const std::size_t rows = 37;  // three blocks
   const std::vector<std::int32_t> history = {1, 5, 7};
   for (WireDtype dtype : kAllWires) {
@@ -263,6 +263,8 @@ TEST_CASE("next_tokens samples from those logits, for many rows as for each alon
     CHECK(times.sample_ms > 0);
     CHECK(times.embed_ms == 0);
     REQUIRE(two->next_tokens(bytes, dtype, requests, again, times).ok());
+    CHECK(tokens == again);
+    REQUIRE(full->next_tokens(bytes, dtype, requests, again, times).ok());
     CHECK(tokens == again);
     const std::size_t row_bytes = wire_row_bytes(dtype, client.hidden);
     for (std::size_t i = 0; i < rows; ++i) {
@@ -337,7 +339,10 @@ TEST_CASE("the cloak is made on first use, kept, and counted") {
     const Client client({.tied = tied});
     const auto backend = client.load();
     const std::size_t table = client.vocab * client.hidden * 2;
-    CHECK(backend->memory().weights_bytes == (tied ? 1 : 2) * table + client.hidden * 4);
+    const std::size_t mapped = (tied ? 1 : 2) * table + client.hidden * 4;
+    const std::size_t int8_copy = client.vocab * (client.hidden + 12);
+    CHECK(backend->memory().weights_bytes == mapped + int8_copy);
+    CHECK(client.load(0, HeadMode::kFull)->memory().weights_bytes == mapped);
     CHECK(backend->memory().cloak_bytes == 0);
     PhaseTimes times;
     std::vector<std::byte> out(wire_row_bytes(WireDtype::kF16, client.hidden));
