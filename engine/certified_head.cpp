@@ -71,6 +71,29 @@ Rounded round_to_whole(std::span<const float> x, std::int32_t limit, std::span<I
   return r;
 }
 
+// The state's part of |(w - s q).(t v)|: outliers one by one, the rest by its norm.
+struct Split {
+  double outliers = 0;  // the sum of |t v_j| over them
+  double rest = 0;      // the norm of the others
+};
+
+// Rounding errors spread evenly have |w - s q| = s sqrt(n / 12). Then an element is better taken
+// alone when it is above sqrt(12 / n) times the norm of what is left. Any split is a valid one.
+Split split_outliers(std::span<const std::int16_t> v, double scale) {
+  constexpr int kRounds = 4;  // the cut sinks as the outliers leave; it hardly moves after this
+  double cut = std::numeric_limits<double>::infinity();
+  double sum = 0, squares = 0;
+  for (int round = 0; round <= kRounds; ++round) {
+    sum = squares = 0;
+    for (std::int16_t value : v) {
+      const double magnitude = std::fabs(static_cast<double>(value));
+      magnitude > cut ? sum += magnitude : squares += magnitude * magnitude;
+    }
+    if (round < kRounds) cut = std::sqrt(12 / static_cast<double>(v.size()) * squares);
+  }
+  return {.outliers = sum * scale, .rest = std::sqrt(squares) * scale};
+}
+
 }  // namespace
 
 std::string_view head_mode_name(HeadMode mode) {
@@ -111,13 +134,16 @@ std::optional<StateBound> quantise_state(std::span<const float> state, float lar
   const double nu = static_cast<double>(state.size()) * kUnitRoundoff;
   const double sum_error = nu / (1 - nu);
   // approximate_logit has three roundings and adding the radius one more, of numbers up to
-  // (|w| + |w - s q|) |t v|.
-  constexpr double kCentreRoundings = 5 * kUnitRoundoff;
-  // Covers the roundings of logit_radius itself, underflow, and the second-order terms.
+  // |s q| |t v|; and |s q| <= 2 |w|, since q is nearest: no element's error is above the element.
+  constexpr double kCentreRoundings = 9 * kUnitRoundoff;
+  // Covers the roundings of logit_radius itself and of the sums here, underflow, and that the
+  // rounding to whole numbers is done in float32: half a step and 2^-16 of one.
   constexpr double kSlack = 1 + 0x1p-12;
+  const Split split = split_outliers(v, r.scale);
   return StateBound{
       .scale = r.scale,
-      .error_factor = round_up(kSlack * r.rounded_norm),
+      .scale_factor = round_up(kSlack * 0.5 * split.outliers),
+      .error_factor = round_up(kSlack * split.rest),
       .norm_factor = round_up(kSlack * (r.error + sum_error * static_cast<double>(r.norm) +
                                         kCentreRoundings * r.rounded_norm))};
 }
@@ -204,7 +230,7 @@ std::optional<std::int32_t> CertifiedSampler::sample_nucleus(const Row& row) {
 
   candidates_.clear();
   std::size_t edge = 0;  // bins below it are the band
-  for (double share : {0x1p-9, 0x1p-13, 0x1p-17}) {
+  for (double share : {0x1p-4, 0x1p-7, 0x1p-10, 0x1p-14}) {
     std::size_t wider = kBins;
     double mass = 0;
     while (wider > 1) {  // the likeliest token is in bin 0

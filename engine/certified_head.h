@@ -9,13 +9,18 @@
 // The sum D = q . v is a sum of whole numbers: exact, in any order, on any device. Let f be what
 // the full head computes for this row in float32, and u = 2^-24 its unit roundoff. Then
 //
-//   | w.y - s t D |  <=  |w - s q| |t v|  +  |w| |y - t v|       (Cauchy-Schwarz)
-//   | f - w.y |      <=  g |w| |y|,   g = n u / (1 - n u)        (Higham, "Accuracy and stability
-//                                                                 of numerical algorithms", 3.1)
+//   f - s t D  =  (f - w.y)  +  w.(y - t v)  +  (w - s q).(t v)
 //
-// with Euclidean norms; the second holds for every order of summation, with or without fused
-// multiply-add. So f lies within  error * a + norm * b  of s t D, where `error` >= |w - s q| and
-// `norm` >= |w| belong to the row and `a`, `b` to the state. All are rounded up.
+//   |f - w.y|         <=  g |w| |y|,  g = n u / (1 - n u), for every order of summation, with or
+//                         without fused multiply-add (Higham, "Accuracy and stability of numerical
+//                         algorithms", 3.1)
+//   |w.(y - t v)|     <=  |w| |y - t v|                                (Cauchy-Schwarz)
+//   |(w - s q).(t v)| <=  (s / 2) * sum |t v_j|  over a few j,         (no rounding is worse than
+//                         + |w - s q| |t v|  over the other j           half a step)
+//
+// with Euclidean norms. The few j are the state's outliers, where the last line is the better for
+// it. So f lies within  scale * a + error * b + norm * c  of s t D, where scale, error >= |w - s q|
+// and norm >= |w| belong to the row, and a, b, c to the state. All are rounded up.
 //
 // Everything here is plain arithmetic on spans: a device may compute the rows' numbers, D and the
 // intervals itself, by the same definitions.
@@ -51,8 +56,8 @@ struct RowBound {
   float norm = 0;   // |w|
 };
 
-// Writes q (row.size() values). A row with a value that is not finite gets q = 0 and the norm
-// infinity, which no state is certifiable with.
+// Writes q (row.size() values). For rows whose values are binary16 numbers. A row with a value that
+// is not finite gets q = 0 and the norm infinity, which no state is certifiable with.
 RowBound quantise_row(std::span<const float> row, std::span<std::int8_t> q);
 
 // The largest |v|: as two signed bytes, v = 256 * high + low, for devices that multiply bytes.
@@ -60,8 +65,9 @@ inline constexpr std::int32_t kStateMax = 127 * 256 + 127;
 
 struct StateBound {
   float scale = 0;         // t
-  float error_factor = 0;  // a: of RowBound::error
-  float norm_factor = 0;   // b: of RowBound::norm
+  float scale_factor = 0;  // a: of RowBound::scale
+  float error_factor = 0;  // b: of RowBound::error
+  float norm_factor = 0;   // c: of RowBound::norm
 };
 
 // Writes v (state.size() values). nullopt when the proof does not cover the state: it is all but
@@ -78,7 +84,8 @@ inline float approximate_logit(std::int64_t dot, const RowBound& row, const Stat
 // How far from it the full head's float32 logit can be. Roundings here and in the sums
 // approximate_logit +- radius are covered.
 inline float logit_radius(const RowBound& row, const StateBound& state) {
-  return row.error * state.error_factor + row.norm * state.norm_factor;
+  return row.scale * state.scale_factor + row.error * state.error_factor +
+         row.norm * state.norm_factor;
 }
 
 // Chooses tokens from intervals of logits. One a thread; keeps its buffers.
