@@ -230,7 +230,7 @@ std::optional<std::int32_t> CertifiedSampler::sample_nucleus(const Row& row) {
 
   candidates_.clear();
   std::size_t edge = 0;  // bins below it are the band
-  for (double share : {0x1p-4, 0x1p-7, 0x1p-10, 0x1p-14}) {
+  for (double share : {0x1p-6, 0x1p-9, 0x1p-13}) {
     std::size_t wider = kBins;
     double mass = 0;
     while (wider > 1) {  // the likeliest token is in bin 0

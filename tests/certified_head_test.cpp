@@ -349,38 +349,57 @@ TEST_CASE("intervals hold the exact product and every float32 sum of it") {
 }
 
 TEST_CASE("intervals hold sums whose roundings all go the same way") {
-  // 1 + many times 2^-24 (1 + a little): added one by one to 1, every product is rounded up to the
-  // next float. Rows and state are whole numbers times their scales, so that nothing but the
-  // rounding of the sum is left in the interval's width.
-  for (std::size_t n : {2, 5, 33, 64, 300}) {
-    Problem p(1, n);
-    p.row(0)[0] = 127;
-    p.state[0] = static_cast<float>(kStateMax);
-    for (std::size_t j = 1; j < n; ++j) p.row(0)[j] = 1, p.state[j] = 1;
-    p.store();
+  // Rows and states that are whole numbers times their scales: nothing but the rounding of the sum
+  // is left in the interval's width.
+  for (std::size_t n : {2, 5, 33, 64, 300, 4096}) {
     std::vector<std::int8_t> q(n);
     std::vector<std::int16_t> v(n);
-    const RowBound row = quantise_row(p.weights, q);
-    const auto state = quantise_state(p.state, row.norm, v);
+    const RowBound row = quantise_row(std::vector<float>(n, 127), q);
+    const auto state =
+        quantise_state(std::vector<float>(n, static_cast<float>(kStateMax)), row.norm, v);
     REQUIRE(state);
-    CHECK(row.scale == 1);
-    CHECK(row.error == 0);
-    CHECK(state->scale == 1);
+    CHECK((row.scale == 1 && row.error == 0 && state->scale == 1 && state->scale_factor == 0));
 
-    // The same numbers as a device would sum them if it rounded every partial sum up.
-    const double u = 0x1p-24;
-    double sum = 127.0 * kStateMax;
-    const double exact = sum + static_cast<double>(n - 1);
-    for (std::size_t j = 1; j < n; ++j) sum = (sum + 1) * (1 + u);
+    // A machine that makes every product and every partial sum too large by half a unit.
+    const double u = 0x1p-24, product = 127.0 * kStateMax;
+    double sum = 0;
     std::int64_t dot = 0;
-    for (std::size_t j = 0; j < n; ++j) dot += q[j] * v[j];
+    for (std::size_t j = 0; j < n; ++j) {
+      sum = (sum + product * (1 + u)) * (j == 0 ? 1 : 1 + u);
+      dot += q[j] * v[j];
+    }
+    const double exact = product * static_cast<double>(n);
     CHECK(static_cast<double>(dot) == exact);
-    const float centre = approximate_logit(dot, row, *state);
-    const float radius = logit_radius(row, *state);
+    const float centre = approximate_logit(dot, row, *state), radius = logit_radius(row, *state);
     CHECK(centre + radius >= sum);
     CHECK(centre - radius <= exact - (sum - exact));
-    // Not a wide interval that holds anything: 2 n u |w| |y|.
-    CHECK(radius <= 2 * static_cast<double>(n + 5) * u * row.norm * kStateMax * 1.01);
+    // And not an interval that would hold anything.
+    CHECK(radius <= 1.01 * static_cast<double>(n + 9) * u * exact);
+  }
+}
+
+TEST_CASE("intervals of very short rows, where nothing but roundings is left, hold the product") {
+  std::int8_t q[2];
+  std::int16_t v[2];
+  for (int round = 0; round < 200000; ++round) {
+    const std::size_t n = 1 + random_index(2);
+    float w[2], y[2];
+    double exact = 0;
+    std::int64_t dot = 0;
+    for (std::size_t j = 0; j < n; ++j) {
+      w[j] = f16_to_f32(f32_to_f16(normal()));
+      y[j] = normal();
+      exact += static_cast<double>(w[j]) * y[j];  // two exact products, one rounding of 2^-53
+    }
+    const RowBound row = quantise_row({w, n}, {q, n});
+    const auto state = quantise_state({y, n}, row.norm, {v, n});
+    REQUIRE(state);
+    for (std::size_t j = 0; j < n; ++j) dot += q[j] * v[j];
+    const float centre = approximate_logit(dot, row, *state), radius = logit_radius(row, *state);
+    float sum = w[0] * y[0];
+    if (n == 2) sum += w[1] * y[1];
+    REQUIRE(centre - radius <= std::min<double>(exact, sum));
+    REQUIRE(centre + radius >= std::max<double>(exact, sum));
   }
 }
 

@@ -279,6 +279,48 @@ TEST_CASE("next_tokens samples from those logits, for many rows as for each alon
   }
 }
 
+TEST_CASE(
+    "the certified head counts its work; what its proof does not cover goes to the full head") {
+  const Client client({.hidden = 128, .vocab = 500});
+  const auto certified = client.load(), full = client.load(0, HeadMode::kFull),
+             int8 = client.load(0, HeadMode::kInt8);
+  const std::size_t rows = 3, row_bytes = wire_row_bytes(WireDtype::kF32, client.hidden);
+  std::vector<std::byte> bytes;
+  std::vector<std::vector<float>> logits;
+  for (double scale : {1.0, 1e-25, 1e-3}) {  // the second is too small for the proof
+    std::vector<double> state = random_row(client.hidden);
+    for (double& x : state) x *= scale;
+    const std::vector<std::byte> row = encode(WireDtype::kF32, state);
+    bytes.insert(bytes.end(), row.begin(), row.end());
+    logits.emplace_back(client.vocab);
+    REQUIRE(full->logits(row, WireDtype::kF32, logits.back()).ok());
+  }
+  REQUIRE(bytes.size() == rows * row_bytes);
+  const std::vector<SampleRequest> requests(rows);
+  std::vector<std::int32_t> tokens(rows, -1);
+  PhaseTimes times;
+  REQUIRE(certified->next_tokens(bytes, WireDtype::kF32, requests, tokens, times).ok());
+  for (std::size_t i = 0; i < rows; ++i) {
+    const auto best = std::max_element(logits[i].begin(), logits[i].end()) - logits[i].begin();
+    CHECK(tokens[i] == best);
+  }
+  const HeadCounters counters = certified->head_counters();
+  CHECK(counters.tokens == rows);
+  CHECK(counters.full_passes == 1);
+  CHECK(counters.rows_rescored >= rows - 1);
+  CHECK(counters.rows_rescored < client.vocab / 4);
+  CHECK(full->head_counters().tokens == 0);
+
+  // Without the proof the token is a good one, not always the best: off by twice the largest
+  // error, half a step of 1/127 of the largest weight for every element.
+  REQUIRE(int8->next_tokens(bytes, WireDtype::kF32, requests, tokens, times).ok());
+  CHECK(int8->head_counters().tokens == 0);
+  for (std::size_t i = 0; i < rows; ++i) {
+    const float best = *std::max_element(logits[i].begin(), logits[i].end());
+    CHECK(logits[i][static_cast<std::size_t>(tokens[i])] > 0.8f * best);
+  }
+}
+
 TEST_CASE("bad input is refused with the fitting code") {
   const Client client({});
   const auto backend = client.load();
