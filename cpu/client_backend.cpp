@@ -9,6 +9,7 @@
 
 #include "cpu/cloak_matrix.h"
 #include "cpu/guard.h"
+#include "cpu/int8_head.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/dispatch.h"
@@ -31,8 +32,10 @@ class CpuClientBackend final : public ClientBackend {
         kernels_(kernels),
         pool_(options.threads),
         name_(cat("cpu (", kernels.name, ")")),
+        mode_(options.head),
         final_gain_(hidden_size()) {
     folder_.final_norm.read(0, final_gain_);
+    if (mode_ != HeadMode::kFull) int8_.emplace(lm_head_, kernels_, pool_);
   }
 
   std::string_view name() const override { return name_; }
@@ -43,9 +46,12 @@ class CpuClientBackend final : public ClientBackend {
     MemoryUse use;
     use.weights_bytes = folder_.embed_tokens.data.size() + folder_.final_norm.data.size();
     if (lm_head_.data != embed_tokens_.data) use.weights_bytes += folder_.lm_head.data.size();
+    if (int8_) use.weights_bytes += int8_->bytes();
     if (cloak_) use.cloak_bytes = cloak_->bytes();
     return use;
   }
+
+  HeadCounters head_counters() const override { return counters_; }
 
   absl::Status embed(std::span<const std::int32_t> ids, WireDtype dtype, std::span<std::byte> out,
                      PhaseTimes& times) override {
@@ -66,7 +72,11 @@ class CpuClientBackend final : public ClientBackend {
               vocab_size(), " logits, not ", row.size(), " and ", logits.size()));
     }
     PhaseTimes times;
-    return guarded([&] { return head(row, dtype, 1, {logits.data(), vocab_size()}, times); });
+    return guarded([&] {
+      absl::Status status = uncloak(row, dtype, 1, times);
+      if (status.ok()) multiply(lm_head_, state(0), 1, {logits.data(), vocab_size()});
+      return status;
+    });
   }
 
  private:
@@ -81,6 +91,12 @@ class CpuClientBackend final : public ClientBackend {
     grow(buffer, rows * hidden_size());
     return {buffer.data(), hidden_size()};
   }
+
+  Rows vocab_rows(std::vector<float>& buffer, std::size_t rows) const {
+    grow(buffer, rows * vocab_size());
+    return {buffer.data(), vocab_size()};
+  }
+  Rows state(std::size_t i) { return Rows{plain_.data(), hidden_size()}.from(i); }
 
   absl::Status ensure_cloak() {
     if (cloak_) return absl::OkStatus();
@@ -140,18 +156,81 @@ class CpuClientBackend final : public ClientBackend {
     }
     for (std::size_t begin = 0; begin < requests.size(); begin += kHeadRows) {
       const std::size_t m = std::min(kHeadRows, requests.size() - begin);
-      grow(logits_, m * vocab_size());
-      const Rows logits{logits_.data(), vocab_size()};
-      absl::Status status = head(rows.subspan(begin * row_bytes), dtype, m, logits, times);
+      absl::Status status = uncloak(rows.subspan(begin * row_bytes), dtype, m, times);
       if (!status.ok()) return status;
-
-      PhaseClock clock;
-      for (std::size_t i = 0; i < m; ++i) {
-        tokens[begin + i] = sampler_.sample({logits[i], vocab_size()}, requests[begin + i]);
-      }
-      clock.lap(times.sample_ms);
+      const auto block = requests.subspan(begin, m);
+      const auto chosen = tokens.subspan(begin, m);
+      mode_ == HeadMode::kCertified ? choose_certified(block, chosen, times)
+                                    : choose_from_logits(block, chosen, times);
     }
     return absl::OkStatus();
+  }
+
+  // De-embed and sample for the m states that uncloak() left.
+  void choose_from_logits(std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
+                          PhaseTimes& times) {
+    const std::size_t m = requests.size();
+    const Rows logits = vocab_rows(logits_, m);
+    PhaseClock clock;
+    if (mode_ == HeadMode::kFull) {
+      multiply(lm_head_, state(0), m, logits);
+    } else {
+      int8_->load(state(0), m);
+      int8_->approximate(logits);
+      for (std::size_t i = 0; i < m; ++i) {
+        if (!int8_->covers(i)) multiply(lm_head_, state(i), 1, logits.from(i));
+      }
+    }
+    clock.lap(times.de_embed_ms);
+    for (std::size_t i = 0; i < m; ++i) {
+      tokens[i] = sampler_.sample({logits[i], vocab_size()}, requests[i]);
+    }
+    clock.lap(times.sample_ms);
+  }
+
+  // The same tokens as choose_from_logits with the full head gives. Rows read in float16 count as
+  // de-embedding, though sampling asks for them.
+  void choose_certified(std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
+                        PhaseTimes& times) {
+    const std::size_t m = requests.size();
+    const Rows lower = vocab_rows(logits_, m), upper = vocab_rows(upper_, m);
+    PhaseClock clock;
+    int8_->load(state(0), m);
+    int8_->intervals(lower, upper);
+    clock.lap(times.de_embed_ms);
+    for (std::size_t i = 0; i < m; ++i) {
+      std::optional<std::int32_t> token;
+      if (int8_->covers(i)) {
+        const auto rescore = [&](std::span<Candidate> candidates) {
+          clock.lap(times.sample_ms);
+          score_rows(candidates, state(i));
+          clock.lap(times.de_embed_ms);
+        };
+        token = certified_.sample({lower[i], vocab_size()}, {upper[i], vocab_size()}, requests[i],
+                                  rescore, counters_);
+      }
+      ++counters_.tokens;
+      if (!token) {
+        ++counters_.full_passes;
+        clock.lap(times.sample_ms);
+        multiply(lm_head_, state(i), 1, lower.from(i));
+        clock.lap(times.de_embed_ms);
+        token = sampler_.sample({lower[i], vocab_size()}, requests[i]);
+      }
+      tokens[i] = *token;
+      clock.lap(times.sample_ms);
+    }
+  }
+
+  // Single rows of the product that multiply(lm_head_, ...) takes of all: the same kernel and the
+  // same bits.
+  void score_rows(std::span<Candidate> candidates, const Rows& x) {
+    pool_.for_ranges(candidates.size(), linear_grain(1, hidden_size()), 1, [&](const Range& range) {
+      for (Candidate& c : candidates.subspan(range.begin, range.end - range.begin)) {
+        const Matrix row = lm_head_.row(static_cast<std::size_t>(c.id));
+        linear_rows(kernels_, {.weight = &row, .out = {&c.score, 1}}, x, 1, 0, 1);
+      }
+    });
   }
 
   void multiply(const Matrix& matrix, const Rows& x, std::size_t m, const Rows& out) {
@@ -159,9 +238,10 @@ class CpuClientBackend final : public ClientBackend {
     linear(kernels_, pool_, {&product, 1}, x, m);
   }
 
-  // logits = lm_head * (gain * (y' * Q^T)) for m rows in the wire format.
-  absl::Status head(std::span<const std::byte> rows, WireDtype dtype, std::size_t m,
-                    const Rows& logits, PhaseTimes& times) {
+  // The states that lm_head is multiplied with, gain * (y' * Q^T), for m rows in the wire format;
+  // state(i) is where they lie then.
+  absl::Status uncloak(std::span<const std::byte> rows, WireDtype dtype, std::size_t m,
+                       PhaseTimes& times) {
     PhaseClock clock;
     const Rows cloaked = buffer(cloaked_, m), plain = buffer(plain_, m);
     for (std::size_t i = 0; i < m; ++i) {
@@ -182,9 +262,6 @@ class CpuClientBackend final : public ClientBackend {
       for (std::size_t j = 0; j < hidden_size(); ++j) plain[i][j] *= final_gain_[j];
     }
     clock.lap(times.uncloak_ms);
-
-    multiply(lm_head_, plain, m, logits);
-    clock.lap(times.de_embed_ms);
     return absl::OkStatus();
   }
 
@@ -207,14 +284,19 @@ class CpuClientBackend final : public ClientBackend {
   const simd::Kernels& kernels_;
   ThreadPool pool_;
   std::string name_;
+  const HeadMode mode_;
+  std::optional<Int8Head> int8_;      // unless the head is full
   std::vector<float> final_gain_;     // H
   std::optional<CloakMatrix> cloak_;  // made on first use
   std::vector<float> plain_;          // rows x H
   std::vector<float> cloaked_;        // rows x H
   std::vector<float> residual_;       // rows x H
   std::vector<float> correction_;     // rows x H
-  std::vector<float> logits_;         // rows x V
+  std::vector<float> logits_;         // rows x V; certified: the lower ends
+  std::vector<float> upper_;          // rows x V
   Sampler sampler_;
+  CertifiedSampler certified_;
+  HeadCounters counters_;
 };
 
 }  // namespace

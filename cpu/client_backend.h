@@ -6,15 +6,18 @@
 
 #include "absl/status/statusor.h"
 #include "engine/backend.h"
+#include "engine/certified_head.h"
 #include "engine/client_folder.h"
 
 namespace infemeral {
 
 struct CpuOptions {
   int threads = 0;  // 0: physical cores
+  HeadMode head = HeadMode::kCertified;
 };
 
-// Takes over the folder, whose weights stay mapped. The cloak's matrix is loaded or made on first
+// Takes over the folder, whose weights stay mapped. Unless the head is `full`, the int8 copy of
+// lm_head is made here, which reads all of it. The cloak's matrix is loaded or made on first
 // use and kept; its time counts as cloak or uncloak. Errors: those of simd::choose_kernels.
 absl::StatusOr<std::unique_ptr<ClientBackend>> make_cpu_client_backend(ClientFolder folder,
                                                                        const CpuOptions& options);

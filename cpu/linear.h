@@ -22,6 +22,7 @@ struct Matrix {
   std::size_t row_bytes() const {
     return cols * (format == simd::Format::kF32 ? sizeof(float) : sizeof(std::uint16_t));
   }
+  Matrix row(std::size_t i) const { return {format, data + i * row_bytes(), 1, cols}; }
 };
 
 // The matrix of a two-dimensional tensor; Unimplemented, naming it, for a dtype without a kernel.
@@ -33,6 +34,7 @@ struct Rows {
   std::size_t stride = 0;
 
   float* operator[](std::size_t i) const { return data + i * stride; }
+  Rows from(std::size_t i) const { return {(*this)[i], stride}; }
 };
 
 // One of several products of the same input: y = x * W^T + bias.

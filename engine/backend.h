@@ -26,6 +26,8 @@ class ClientBackend {
   virtual std::size_t hidden_size() const = 0;  // H
   virtual std::size_t vocab_size() const = 0;   // V
   virtual MemoryUse memory() const = 0;
+  // All 0 for a backend, or a head mode, that certifies nothing.
+  virtual HeadCounters head_counters() const { return {}; }
 
   // Rows E[id] * Q in the wire format: out holds ids.size() * wire_row_bytes(dtype, H) bytes.
   // Adds to times.embed_ms and times.cloak_ms (the encoding is part of cloak).

@@ -148,7 +148,8 @@ void ReportBuilder::add(const GenerateResult& result, std::size_t prompt_tokens,
 }
 
 std::string ReportBuilder::json(const RunDescription& run, const LinkCounters& link,
-                                const MemoryUse& client, double wall_ms, bool with_samples) const {
+                                const MemoryUse& client, const HeadCounters& head, double wall_ms,
+                                bool with_samples) const {
   std::vector<double> ttfts, tpots, itls, e2els;
   std::vector<TokenTiming> first, decode;
   std::size_t prompt_tokens = 0, output_tokens = 0, cached_rows = 0, failed = 0;
@@ -206,6 +207,17 @@ std::string ReportBuilder::json(const RunDescription& run, const LinkCounters& l
                   {"tensor_bytes_down", link.tensor_bytes_down},
                   {"steps", link.steps},
                   {"handshakes", link.handshakes}};
+  const auto a_token = [&](std::uint64_t count) {
+    const auto tokens = static_cast<double>(head.tokens);
+    return rounded(head.tokens > 0 ? static_cast<double>(count) / tokens : 0);
+  };
+  json["head"] = {{"mode", run.head},
+                  {"certified_tokens", head.tokens - head.full_passes},
+                  {"rows_rescored", head.rows_rescored},
+                  {"rows_rescored_per_token", a_token(head.rows_rescored)},
+                  {"widenings", head.widenings},
+                  {"full_passes", head.full_passes},
+                  {"full_passes_per_token", a_token(head.full_passes)}};
   json["memory"] = {{"peak_rss_bytes", peak_rss_bytes()},
                     {"client_weights_bytes", client.weights_bytes},
                     {"cloak_bytes", client.cloak_bytes},

@@ -32,6 +32,7 @@ struct RunDescription {
   std::string backend;  // ClientBackend::name()
   std::string body;     // SessionInfo::body
   std::string server;   // "local" or "remote"; never the address
+  std::string head;     // "certified"
   std::string wire;     // "f16"
   std::string cipher;
   std::uint32_t max_tokens = 0;
@@ -47,7 +48,7 @@ class ReportBuilder {
   // The whole report as JSON text. with_samples adds every request's own latencies and
   // the phases of every token, under "samples".
   std::string json(const RunDescription& run, const LinkCounters& link, const MemoryUse& client,
-                   double wall_ms, bool with_samples) const;
+                   const HeadCounters& head, double wall_ms, bool with_samples) const;
 
   // A table for people: where a token's time goes (mean over decode tokens, and the first token).
   std::string phase_table() const;

@@ -51,49 +51,109 @@ double gumbel_noise(std::uint64_t seed, std::uint64_t position, std::uint32_t to
   return -std::log(-std::log(uniform));
 }
 
-// The largest logits, ties included: what is kept depends on the logits alone, not on their order.
-void Sampler::keep_top_k(std::size_t k) {
-  if (candidates_.size() <= k) return;
-  const auto kth = candidates_.begin() + static_cast<std::ptrdiff_t>(k - 1);
-  std::nth_element(candidates_.begin(), kth, candidates_.end(),
-                   [](const Candidate& a, const Candidate& b) { return a.logit > b.logit; });
-  const float threshold = kth->logit;
-  std::erase_if(candidates_, [=](const Candidate& c) { return c.logit < threshold; });
-}
-
-// The smallest set of largest candidates whose probability reaches top_p, ties with the last one
-// included. Candidate.logit is relative to the maximum and divided by the temperature. Only as many
-// candidates are put in order as the nucleus needs: a partial sort that doubles until it holds
-// enough probability.
-void Sampler::keep_top_p(double top_p) {
-  double total = 0;
-  for (const Candidate& c : candidates_) total += std::exp(static_cast<double>(c.logit));
-
-  const auto larger = [](const Candidate& a, const Candidate& b) { return a.logit > b.logit; };
-  double inside = 0;
-  std::size_t sorted = 0;
-  for (std::size_t want = 64; sorted < candidates_.size(); want *= 4) {
-    const auto begin = candidates_.begin() + static_cast<std::ptrdiff_t>(sorted);
-    const std::size_t end = std::min(candidates_.size(), want);
-    std::partial_sort(begin, candidates_.begin() + static_cast<std::ptrdiff_t>(end),
-                      candidates_.end(), larger);
-    for (; sorted < end; ++sorted) {
-      inside += std::exp(static_cast<double>(candidates_[sorted].logit));
-      if (inside >= top_p * total) {
-        const float threshold = candidates_[sorted].logit;
-        std::erase_if(candidates_, [=](const Candidate& c) { return c.logit < threshold; });
-        return;
-      }
-    }
+void Scorer::start(const SampleRequest& request, std::size_t vocab_size) {
+  const SamplingParams& params = request.params;
+  penalty_ = params.repetition_penalty;
+  inverse_temperature_ = params.greedy() ? 1.0f : 1.0f / params.temperature;
+  seen_.clear();
+  if (penalty_ == 1) return;
+  is_seen_.assign(vocab_size, false);
+  for (std::int32_t id : request.history) {
+    const auto index = static_cast<std::size_t>(id);
+    if (index >= vocab_size || is_seen_[index]) continue;
+    is_seen_[index] = true;
+    seen_.push_back(id);
   }
 }
 
-std::int32_t Sampler::draw(const SampleRequest& request) const {
+float Scorer::penalised(float logit) const {
+  return logit > 0 ? logit / penalty_ : logit * penalty_;
+}
+
+void Scorer::score(std::span<float> logits) const {
+  for (std::int32_t id : seen_) {
+    float& logit = logits[static_cast<std::size_t>(id)];
+    logit = penalised(logit);
+  }
+  for (float& logit : logits) logit *= inverse_temperature_;
+}
+
+float Scorer::score(float logit, std::int32_t id) const {
+  const bool seen = !seen_.empty() && is_seen_[static_cast<std::size_t>(id)];
+  return (seen ? penalised(logit) : logit) * inverse_temperature_;
+}
+
+std::uint64_t probability_mass(float score, float max) {
+  return static_cast<std::uint64_t>(std::exp(static_cast<double>(score) - max) * 0x1p40);
+}
+
+float min_p_floor(float max, float min_p) {
+  return max + std::log(min_p);  // ln 0 is minus infinity
+}
+
+namespace {
+
+bool larger(const Candidate& a, const Candidate& b) {
+  return a.score > b.score;
+}
+
+void keep_from(std::vector<Candidate>& candidates, float threshold) {
+  std::erase_if(candidates, [=](const Candidate& c) { return c.score < threshold; });
+}
+
+// The largest scores, ties included: what is kept depends on the scores alone, not on their order.
+void keep_top_k(std::vector<Candidate>& candidates, std::size_t k) {
+  if (candidates.size() <= k) return;
+  const auto kth = candidates.begin() + static_cast<std::ptrdiff_t>(k - 1);
+  std::nth_element(candidates.begin(), kth, candidates.end(), larger);
+  keep_from(candidates, kth->score);
+}
+
+// The smallest set of largest scores whose probability reaches top_p, ties with the last one
+// included. Only as many candidates are put in order as the nucleus needs: a partial sort that
+// grows until it holds enough probability. False, and nothing removed, when the rest could move the
+// cut or hold a score of the nucleus.
+bool keep_top_p(std::vector<Candidate>& candidates, double top_p, float max, const Rest& rest) {
+  std::uint64_t total = 0;
+  for (const Candidate& c : candidates) total += probability_mass(c.score, max);
+  const double enough = top_p * static_cast<double>(total);
+  const double enough_with_rest = top_p * static_cast<double>(total + rest.mass);
+
+  std::uint64_t inside = 0;
+  std::size_t sorted = 0;
+  std::optional<float> cut;  // where the nucleus ends if the rest has no mass
+  for (std::size_t want = 64; sorted < candidates.size(); want *= 4) {
+    const auto begin = candidates.begin() + static_cast<std::ptrdiff_t>(sorted);
+    const std::size_t end = std::min(candidates.size(), want);
+    std::partial_sort(begin, candidates.begin() + static_cast<std::ptrdiff_t>(end),
+                      candidates.end(), larger);
+    for (; sorted < end; ++sorted) {
+      const float score = candidates[sorted].score;
+      if (cut && score < *cut) return false;
+      inside += probability_mass(score, max);
+      if (!cut && static_cast<double>(inside) >= enough) {
+        if (score <= rest.ceiling) return false;
+        cut = score;
+      }
+      if (cut && static_cast<double>(inside) >= enough_with_rest) {
+        keep_from(candidates, *cut);
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// Gumbel-max, or the plain maximum for a greedy request; of equals the lowest id.
+std::int32_t draw(std::span<const Candidate> candidates, const SampleRequest& request) {
   std::int32_t best = -1;
   double best_score = 0;
-  for (const Candidate& c : candidates_) {
-    const double score = c.logit + gumbel_noise(request.params.seed, request.position,
-                                                static_cast<std::uint32_t>(c.id));
+  for (const Candidate& c : candidates) {
+    double score = c.score;
+    if (!request.params.greedy()) {
+      score +=
+          gumbel_noise(request.params.seed, request.position, static_cast<std::uint32_t>(c.id));
+    }
     if (best < 0 || score > best_score || (score == best_score && c.id < best)) {
       best = c.id;
       best_score = score;
@@ -102,50 +162,45 @@ std::int32_t Sampler::draw(const SampleRequest& request) const {
   return best;
 }
 
+}  // namespace
+
+std::optional<std::int32_t> choose(std::vector<Candidate>& candidates, const SampleRequest& request,
+                                   const Rest& rest) {
+  const SamplingParams& params = request.params;
+  if (!params.greedy()) {
+    const float max = std::min_element(candidates.begin(), candidates.end(), larger)->score;
+    if (params.top_k > 0) keep_top_k(candidates, static_cast<std::size_t>(params.top_k));
+    if (params.top_p < 1 && !keep_top_p(candidates, params.top_p, max, rest)) return std::nullopt;
+    // Commutes with top-k, as both keep a prefix of the order; before top-p it would change the
+    // normaliser.
+    keep_from(candidates, min_p_floor(max, params.min_p));
+  }
+  return draw(candidates, request);
+}
+
 std::int32_t Sampler::sample(std::span<float> logits, const SampleRequest& request) {
   const SamplingParams& params = request.params;
-  if (params.repetition_penalty != 1) {
-    seen_.assign(logits.size(), false);
-    for (std::int32_t id : request.history) {
-      const auto index = static_cast<std::size_t>(id);
-      if (index >= logits.size() || seen_[index]) continue;
-      seen_[index] = true;
-      float& logit = logits[index];
-      logit = logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
-    }
-  }
-
+  scorer_.start(request, logits.size());
+  scorer_.score(logits);
+  const std::span<const float> scores = logits;
   std::int32_t argmax = 0;
   float max = -std::numeric_limits<float>::infinity();
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    if (logits[i] > max) {
-      max = logits[i];
+  for (std::size_t i = 0; i < scores.size(); ++i) {
+    if (scores[i] > max) {
+      max = scores[i];
       argmax = static_cast<std::int32_t>(i);
     }
   }
   if (params.greedy() || !std::isfinite(max)) return argmax;
 
-  // min-p first, as a floor on the scan: it commutes with top-k (both keep a prefix of the order),
-  // and with top-p it must not come before, since it would change the normaliser.
-  // Relative to the maximum, so that a tiny temperature cannot overflow.
-  const double inverse_t = 1.0 / params.temperature;
-  const bool nucleus = params.top_p < 1;
+  // Every token is a candidate; those that a floor will drop anyway need not be copied.
   const float floor =
-      params.min_p > 0 ? std::log(params.min_p) : -std::numeric_limits<float>::infinity();
+      params.top_p < 1 ? -std::numeric_limits<float>::infinity() : min_p_floor(max, params.min_p);
   candidates_.clear();
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    const auto scaled = static_cast<float>((double{logits[i]} - max) * inverse_t);
-    if (nucleus ? !std::isnan(scaled) : scaled >= floor) {
-      candidates_.push_back({scaled, static_cast<std::int32_t>(i)});
-    }
+  for (std::size_t i = 0; i < scores.size(); ++i) {
+    if (scores[i] >= floor) candidates_.push_back({scores[i], static_cast<std::int32_t>(i)});
   }
-  if (params.top_k > 0) keep_top_k(static_cast<std::size_t>(params.top_k));
-  if (nucleus) {
-    keep_top_p(params.top_p);
-    std::erase_if(candidates_, [=](const Candidate& c) { return c.logit < floor; });
-  }
-  const std::int32_t token = draw(request);
-  return token < 0 ? argmax : token;
+  return choose(candidates_, request, {}).value_or(argmax);
 }
 
 }  // namespace infemeral

@@ -6,7 +6,10 @@
 // draw is exact, needs no normaliser, and depends on neither backend, batching nor thread count.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -15,15 +18,16 @@
 namespace infemeral {
 
 struct SamplingParams {
-  float temperature = 0;         // 0: greedy; the filters below then do not matter
-  int top_k = 0;                 // keep the k largest logits (and ties with the k-th); 0: off
-  float top_p = 1;               // keep the smallest set with probability >= top_p; 1: off
-  float min_p = 0;               // drop tokens below min_p times the largest probability; 0: off
+  float temperature = 0;  // 0 (or below 1e-5, where nothing but the maximum is left): greedy;
+                          // the filters below then do not matter
+  int top_k = 0;          // keep the k largest logits (and ties with the k-th); 0: off
+  float top_p = 1;        // keep the smallest set with probability >= top_p; 1: off
+  float min_p = 0;        // drop tokens below min_p times the largest probability; 0: off
   float repetition_penalty = 1;  // Hugging Face's: logits of seen tokens are divided (or, when
                                  // negative, multiplied) by it; 1: off
   std::uint64_t seed = 0;
 
-  bool greedy() const { return temperature == 0; }
+  bool greedy() const { return temperature < 1e-5f; }
 };
 
 // InvalidArgument, naming the field, when a value is outside its range or not finite.
@@ -47,6 +51,51 @@ struct SampleRequest {
   std::span<const std::int32_t> history;  // tokens so far, for the repetition penalty; valid ids
 };
 
+// What the repetition penalty and the temperature make of a logit: its score. Both are monotone in
+// floating point too, so a scorer maps bounds of logits to bounds of scores. Greedy requests have
+// temperature 1 here. One a thread; start() begins a row.
+class Scorer {
+ public:
+  void start(const SampleRequest& request, std::size_t vocab_size);
+  void score(std::span<float> logits) const;  // a whole row, indexed by id; in place
+  float score(float logit, std::int32_t id) const;
+
+ private:
+  float penalised(float logit) const;
+
+  float penalty_ = 1;
+  float inverse_temperature_ = 1;
+  std::vector<std::int32_t> seen_;  // ids of the history, each once; empty without a penalty
+  std::vector<bool> is_seen_;
+};
+
+// A token that may be chosen.
+struct Candidate {
+  float score;
+  std::int32_t id;
+};
+
+// exp(score - max) in units of 2^-40, for score <= max. Whole numbers: their sums do not depend on
+// the order of addition, so a nucleus does not depend on how its candidates were found. A row of
+// 2^24 tokens cannot overflow the sum.
+std::uint64_t probability_mass(float score, float max);
+
+// The least score that min-p keeps; minus infinity when it is off.
+float min_p_floor(float max, float min_p);
+
+// What is known about the tokens of a row that are not among the candidates.
+struct Rest {
+  float ceiling = -std::numeric_limits<float>::infinity();  // no score above it
+  std::uint64_t mass = 0;  // the sum of their probability_mass, at most
+};
+
+// The filters and the draw: the token that the whole row would give, from candidates that include
+// every token which the filters could keep. Only top-p without top-k asks about the rest; nullopt
+// when its cut depends on where in [0, rest.mass] the rest's mass lies. Then the candidates are in
+// another order and complete; else they are used up. At least one candidate, none with a NaN.
+std::optional<std::int32_t> choose(std::vector<Candidate>& candidates, const SampleRequest& request,
+                                   const Rest& rest);
+
 // Chooses a token from `logits` (one per vocabulary entry; overwritten as scratch). NaN logits are
 // never chosen; ties go to the lowest id. Keeps its buffers between calls: one Sampler per thread.
 class Sampler {
@@ -54,16 +103,8 @@ class Sampler {
   std::int32_t sample(std::span<float> logits, const SampleRequest& request);
 
  private:
-  struct Candidate {
-    float logit;
-    std::int32_t id;
-  };
-  std::int32_t draw(const SampleRequest& request) const;
-  void keep_top_k(std::size_t k);
-  void keep_top_p(double top_p);
-
+  Scorer scorer_;
   std::vector<Candidate> candidates_;
-  std::vector<bool> seen_;
 };
 
 }  // namespace infemeral

@@ -88,11 +88,11 @@ class Client {
 
   std::filesystem::path path() const { return folder_.path() / "client"; }
 
-  std::unique_ptr<ClientBackend> load(int threads = 0) const {
+  std::unique_ptr<ClientBackend> load(int threads = 0, HeadMode mode = HeadMode::kCertified) const {
     auto folder = ClientFolder::open(path());
     INFO(folder.status().message());
     REQUIRE(folder.ok());
-    auto backend = make_cpu_client_backend(*std::move(folder), {.threads = threads});
+    auto backend = make_cpu_client_backend(*std::move(folder), {.threads = threads, .head = mode});
     REQUIRE(backend.ok());
     return *std::move(backend);
   }
@@ -238,7 +238,7 @@ TEST_CASE("logits undo the cloak; on an f32 wire better than the float16 matrix 
 
 TEST_CASE("next_tokens samples from those logits, for many rows as for each alone") {
   const Client client({.hidden = 128, .vocab = 500, .cloak = CloakMode::kEager});
-  const auto one = client.load(1), two = client.load(2);
+  const auto one = client.load(1), two = client.load(2), full = client.load(1, HeadMode::kFull);
   const std::size_t rows = 37;  // three blocks
   const std::vector<std::int32_t> history = {1, 5, 7};
   for (WireDtype dtype : kAllWires) {
@@ -264,6 +264,8 @@ TEST_CASE("next_tokens samples from those logits, for many rows as for each alon
     CHECK(times.embed_ms == 0);
     REQUIRE(two->next_tokens(bytes, dtype, requests, again, times).ok());
     CHECK(tokens == again);
+    REQUIRE(full->next_tokens(bytes, dtype, requests, again, times).ok());
+    CHECK(tokens == again);
     const std::size_t row_bytes = wire_row_bytes(dtype, client.hidden);
     for (std::size_t i = 0; i < rows; ++i) {
       const auto row = std::span<const std::byte>(bytes).subspan(i * row_bytes, row_bytes);
@@ -274,6 +276,48 @@ TEST_CASE("next_tokens samples from those logits, for many rows as for each alon
       Sampler sampler;
       REQUIRE(sampler.sample(logits, requests[i]) == tokens[i]);
     }
+  }
+}
+
+TEST_CASE(
+    "the certified head counts its work; what its proof does not cover goes to the full head") {
+  const Client client({.hidden = 128, .vocab = 500});
+  const auto certified = client.load(), full = client.load(0, HeadMode::kFull),
+             int8 = client.load(0, HeadMode::kInt8);
+  const std::size_t rows = 3, row_bytes = wire_row_bytes(WireDtype::kF32, client.hidden);
+  std::vector<std::byte> bytes;
+  std::vector<std::vector<float>> logits;
+  for (double scale : {1.0, 1e-25, 1e-3}) {  // the second is too small for the proof
+    std::vector<double> state = random_row(client.hidden);
+    for (double& x : state) x *= scale;
+    const std::vector<std::byte> row = encode(WireDtype::kF32, state);
+    bytes.insert(bytes.end(), row.begin(), row.end());
+    logits.emplace_back(client.vocab);
+    REQUIRE(full->logits(row, WireDtype::kF32, logits.back()).ok());
+  }
+  REQUIRE(bytes.size() == rows * row_bytes);
+  const std::vector<SampleRequest> requests(rows);
+  std::vector<std::int32_t> tokens(rows, -1);
+  PhaseTimes times;
+  REQUIRE(certified->next_tokens(bytes, WireDtype::kF32, requests, tokens, times).ok());
+  for (std::size_t i = 0; i < rows; ++i) {
+    const auto best = std::max_element(logits[i].begin(), logits[i].end()) - logits[i].begin();
+    CHECK(tokens[i] == best);
+  }
+  const HeadCounters counters = certified->head_counters();
+  CHECK(counters.tokens == rows);
+  CHECK(counters.full_passes == 1);
+  CHECK(counters.rows_rescored >= rows - 1);
+  CHECK(counters.rows_rescored < client.vocab / 4);
+  CHECK(full->head_counters().tokens == 0);
+
+  // Without the proof the token is a good one, not always the best: off by twice the largest
+  // error, half a step of 1/127 of the largest weight for every element.
+  REQUIRE(int8->next_tokens(bytes, WireDtype::kF32, requests, tokens, times).ok());
+  CHECK(int8->head_counters().tokens == 0);
+  for (std::size_t i = 0; i < rows; ++i) {
+    const float best = *std::max_element(logits[i].begin(), logits[i].end());
+    CHECK(logits[i][static_cast<std::size_t>(tokens[i])] > 0.8f * best);
   }
 }
 
@@ -337,7 +381,10 @@ TEST_CASE("the cloak is made on first use, kept, and counted") {
     const Client client({.tied = tied});
     const auto backend = client.load();
     const std::size_t table = client.vocab * client.hidden * 2;
-    CHECK(backend->memory().weights_bytes == (tied ? 1 : 2) * table + client.hidden * 4);
+    const std::size_t mapped = (tied ? 1 : 2) * table + client.hidden * 4;
+    const std::size_t int8_copy = client.vocab * (client.hidden + 12);
+    CHECK(backend->memory().weights_bytes == mapped + int8_copy);
+    CHECK(client.load(0, HeadMode::kFull)->memory().weights_bytes == mapped);
     CHECK(backend->memory().cloak_bytes == 0);
     PhaseTimes times;
     std::vector<std::byte> out(wire_row_bytes(WireDtype::kF16, client.hidden));

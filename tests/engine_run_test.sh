@@ -58,6 +58,9 @@ assert report["schema"] == "infemeral-report" and report["requests"]["completed"
 assert report["mean_ttft_ms"] > 0 and report["tokens"]["output"] == 12
 assert len(report["samples"]) == 3 and report["wire"]["steps"] == 12
 assert report["phases"]["decode"]["explained_share"] > 0.5
+head = report["head"]
+assert head["mode"] == "certified" and head["certified_tokens"] + head["full_passes"] == 12
+assert head["rows_rescored"] >= head["certified_tokens"]
 lines = [json.loads(line) for line in open("results.jsonl")]
 assert [line["index"] for line in lines] == [0, 1, 2] and all("text" in line for line in lines)
 text = open("report.json").read()
@@ -72,6 +75,9 @@ run 0 engine_run -m prepared -p "same seed" -n 12 --temp 1 --seed 5 --quiet
 cp out first
 run 0 engine_run -m prepared -p "same seed" -n 12 --temp 1 --seed 5 --quiet -t 1
 cmp -s out first || fail "the same seed gives another text"
+run 0 engine_run -m prepared -p "same seed" -n 12 --temp 1 --seed 5 --quiet --head full
+cmp -s out first || fail "the full head gives another text than the certified one"
+run 0 engine_run -m prepared -p "same seed" -n 12 --quiet --head int8
 run 0 engine_run -m prepared -p "hello" --chat -n 4 --quiet --wire i8
 run 0 engine_run --version
 grep -q '^engine_run [0-9]' out || fail "--version"
@@ -107,6 +113,7 @@ refused 2 'nowhere' engine_run -m nowhere -p x
 refused 2 'client' engine_run -m model -p x
 refused 2 'client' engine_run -m prepared/body -p x
 refused 2 '--wire' engine_run -m prepared -p x --wire f64
+refused 2 '--head' engine_run -m prepared -p x --head best
 refused 2 'backend' engine_run -m prepared -p x --backend tpu
 refused 2 'max-tokens' engine_run -m prepared -p x -n many
 refused 2 '--no-such-flag' engine_run -m prepared -p x --no-such-flag

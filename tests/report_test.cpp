@@ -41,8 +41,11 @@ TEST_CASE("a report holds the run's numbers and nothing that is not finite") {
   ReportBuilder builder;
   builder.add(result, 7, false);
   builder.add({}, 5, true);
-  const RunDescription run{.tool = "test", .model_type = "llama", .hidden_size = 8, .wire = "f16"};
-  const std::string text = builder.json(run, {.bytes_up = 123}, {.weights_bytes = 4}, 260, true);
+  const RunDescription run{
+      .tool = "test", .model_type = "llama", .hidden_size = 8, .head = "certified", .wire = "f16"};
+  const HeadCounters head{.tokens = 4, .rows_rescored = 30, .widenings = 2, .full_passes = 1};
+  const std::string text =
+      builder.json(run, {.bytes_up = 123}, {.weights_bytes = 4}, head, 260, true);
   const auto json = nlohmann::json::parse(text);
   CHECK(json["schema_version"] == 1);
   CHECK(json["requests"]["completed"] == 1);
@@ -58,12 +61,17 @@ TEST_CASE("a report holds the run's numbers and nothing that is not finite") {
   CHECK(json["phases"]["decode"]["body"]["mean_ms"] == Approx(11.25));
   CHECK(json["phases"]["decode"]["explained_share"] == Approx(0.875));
   CHECK(json["wire"]["bytes_up"] == 123);
+  CHECK(json["head"]["mode"] == "certified");
+  CHECK(json["head"]["certified_tokens"] == 3);
+  CHECK(json["head"]["rows_rescored_per_token"] == Approx(7.5));
+  CHECK(json["head"]["widenings"] == 2);
+  CHECK(json["head"]["full_passes_per_token"] == Approx(0.25));
   CHECK(json["memory"]["peak_rss_bytes"] > 0);
   CHECK(json["samples"].size() == 2);
   CHECK(json["samples"][0]["tokens_ms"][1]["body"] == Approx(7.5));
   CHECK(text.find("null") == std::string::npos);  // how JSON would show NaN
 
-  const std::string empty = ReportBuilder().json(run, {}, {}, 0, false);
+  const std::string empty = ReportBuilder().json(run, {}, {}, {}, 0, false);
   CHECK(empty.find("null") == std::string::npos);
   CHECK(nlohmann::json::parse(empty)["mean_ttft_ms"] == 0);
 }

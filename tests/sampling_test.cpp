@@ -138,7 +138,7 @@ TEST_CASE("the same seed and position give the same token, whatever else is in t
 
 TEST_CASE("a tiny temperature is greedy") {
   Sampler sampler;
-  for (float temperature : {1e-6f, 1e-30f, 1e-40f}) {
+  for (float temperature : {9e-6f, 1e-30f, 1e-40f}) {
     for (int round = 0; round < 20; ++round) {
       const std::vector<float> logits = random_logits(500);
       std::vector<float> a = logits, b = logits;
@@ -146,6 +146,49 @@ TEST_CASE("a tiny temperature is greedy") {
       CHECK(sampler.sample(a, request) == sampler.sample(b, {}));
     }
   }
+}
+
+TEST_CASE("what is kept does not depend on the order in which candidates come") {
+  for (int round = 0; round < 200; ++round) {
+    std::vector<Candidate> candidates;
+    for (float score : random_logits(300, 2)) {
+      candidates.push_back({score, static_cast<std::int32_t>(candidates.size())});
+    }
+    SampleRequest request{.params = {.temperature = 1, .top_p = 0.9f}};
+    request.params.seed = rng()();
+    if (round % 2 == 0) request.params.top_k = 50;
+    std::vector<Candidate> shuffled = candidates;
+    std::shuffle(shuffled.begin(), shuffled.end(), rng());
+    const auto token = choose(candidates, request, {});
+    CHECK(token == choose(shuffled, request, {}));
+    const auto by_id = [](const Candidate& a, const Candidate& b) { return a.id < b.id; };
+    std::sort(candidates.begin(), candidates.end(), by_id);
+    std::sort(shuffled.begin(), shuffled.end(), by_id);
+    REQUIRE(candidates.size() == shuffled.size());
+    for (std::size_t i = 0; i < shuffled.size(); ++i) CHECK(candidates[i].id == shuffled[i].id);
+  }
+}
+
+TEST_CASE("a nucleus that the rest could move is not chosen from") {
+  // Probabilities 0.5, 0.3, 0.2 before the rest's.
+  const std::vector<Candidate> all = {
+      {std::log(0.3f), 7}, {std::log(0.5f), 3}, {std::log(0.2f), 9}};
+  const auto mass = [](double share) { return static_cast<std::uint64_t>(share / 0.5 * 0x1p40); };
+  SampleRequest request{.params = {.temperature = 1, .top_p = 0.7f}};
+  std::vector<Candidate> candidates = all;
+  // 0.7 of 1.1 is 0.77 < 0.8: the cut stays after two.
+  CHECK(choose(candidates, request, {.ceiling = -3, .mass = mass(0.1)}));
+  CHECK(candidates.size() == 2);
+  // 0.7 of 1.2 is 0.84: it may lie after three.
+  candidates = all;
+  CHECK(!choose(candidates, request, {.ceiling = -3, .mass = mass(0.2)}));
+  CHECK(candidates.size() == 3);
+  // A token of the rest could be as likely as the last one inside.
+  CHECK(!choose(candidates, request, {.ceiling = std::log(0.3f), .mass = mass(0.1)}));
+  CHECK(candidates.size() == 3);
+  // Without top-p the rest does not matter.
+  request.params.top_p = 1;
+  CHECK(choose(candidates, request, {.ceiling = 0, .mass = mass(5)}));
 }
 
 TEST_CASE("flat and extreme logits do not break the filters") {

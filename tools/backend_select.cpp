@@ -15,7 +15,8 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
     return absl::InvalidArgumentError(
         cat("there is no backend ", quote_name(options.name), "; choose auto, cpu or cuda"));
   }
-  auto backend = make_cpu_client_backend(std::move(folder), {.threads = options.threads});
+  auto backend = make_cpu_client_backend(std::move(folder),
+                                         {.threads = options.threads, .head = options.head});
   if (backend.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*backend)->name()));
   return backend;
 }

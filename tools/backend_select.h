@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/backend.h"
+#include "engine/certified_head.h"
 #include "engine/client_folder.h"
 #include "engine/log.h"
 
@@ -14,6 +15,7 @@ namespace infemeral {
 struct BackendOptions {
   std::string name = "auto";  // "auto", "cpu" or "cuda"
   int threads = 0;            // of the CPU backend; 0: one for each physical core
+  HeadMode head = HeadMode::kCertified;
 };
 
 // InvalidArgument for a name that does not exist; Unimplemented for one that this build lacks.

@@ -46,6 +46,7 @@ struct RunOptions {
   bool chat = false;
   std::string backend = "auto";
   int threads = 0;
+  std::string head = "certified";
   std::string wire = "f16";
   bool profile = false;
   bool stream = false;
@@ -85,6 +86,10 @@ void add_flags(CLI::App& app, RunOptions& o) {
   option("--backend", o.backend, "auto, cpu or cuda")->capture_default_str();
   option("-t,--threads", o.threads, "Threads; 0 is one for each physical core")
       ->check(CLI::Range(0, 1024))
+      ->capture_default_str();
+  option("--head", o.head,
+         "certified: the full head's tokens from an int8 product and a proof; full: the float16 "
+         "product; int8: the int8 product without the proof")
       ->capture_default_str();
   option("--wire", o.wire, "Hidden states on the wire: f32, f16 or i8")->capture_default_str();
   flag("--profile", o.profile, "Print where a token's time goes; the report holds every token");
@@ -165,6 +170,11 @@ class Run {
       return fail(console_, kExitUsage,
                   absl::InvalidArgumentError("--wire must be f32, f16 or i8"));
     }
+    head_ = parse_head_mode(options_.head);
+    if (!head_) {
+      return fail(console_, kExitUsage,
+                  absl::InvalidArgumentError("--head must be certified, full or int8"));
+    }
     if (!options_.input_file.empty()) {
       auto items = read_batch(options_.input_file);
       if (!items.ok()) return fail(console_, kExitUsage, items.status());
@@ -189,9 +199,9 @@ class Run {
     assets_ = *std::move(assets);
 
     const ClientManifest manifest = folder->manifest;
-    auto backend =
-        open_backend(*std::move(folder), {.name = options_.backend, .threads = options_.threads},
-                     console_.sink());
+    auto backend = open_backend(
+        *std::move(folder), {.name = options_.backend, .threads = options_.threads, .head = *head_},
+        console_.sink());
     if (!backend.ok()) return fail(console_, kExitUsage, backend.status());
     backend_ = *std::move(backend);
 
@@ -226,6 +236,7 @@ class Run {
                     .backend = std::string(backend_->name()),
                     .body = session_.body,
                     .server = options_.server == "local" ? "local" : "remote",
+                    .head = options_.head,
                     .wire = options_.wire,
                     .cipher = link_->cipher(),
                     .max_tokens = options_.max_tokens,
@@ -339,14 +350,15 @@ class Run {
   absl::Status write_report(double wall_ms) {
     if (options_.report_file.empty()) return absl::OkStatus();
     return replace_file(options_.report_file,
-                        report_.json(description_, link_->counters(), backend_->memory(), wall_ms,
-                                     options_.profile));
+                        report_.json(description_, link_->counters(), backend_->memory(),
+                                     backend_->head_counters(), wall_ms, options_.profile));
   }
 
   const RunOptions& options_;
   const Console& console_;
   const std::stop_token stop_;
   std::optional<WireDtype> wire_;
+  std::optional<HeadMode> head_;
   std::vector<BatchItem> items_;
   TextAssets assets_;
   std::unique_ptr<ClientBackend> backend_;

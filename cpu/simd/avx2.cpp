@@ -122,6 +122,22 @@ inline void sum4(float* out, Vec a, Vec b, Vec c, Vec d) {
   _mm_storeu_ps(out, _mm_blend_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0xa));
 }
 
+inline int32_t dot_block(const int8_t* w, const int16_t* y, size_t n) {
+  __m256i sums = _mm256_setzero_si256();
+  size_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i));
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(y + i));
+    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), halves));
+  }
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+  int32_t sum = _mm_cvtsi128_si32(s);
+  for (; i < n; ++i) sum += w[i] * y[i];
+  return sum;
+}
+
 #include "cpu/simd/kernels_inl.h"
 
 }  // namespace

@@ -108,6 +108,24 @@ inline void sum4(float* out, Vec a, Vec b, Vec c, Vec d) {
   _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(every_fourth, s)));
 }
 
+inline __m512i multiply_pairs(__m256i bytes, __m512i halves) {
+  return _mm512_madd_epi16(_mm512_cvtepi8_epi16(bytes), halves);
+}
+inline int32_t dot_block(const int8_t* w, const int16_t* y, size_t n) {
+  __m512i sums = _mm512_setzero_si512();
+  size_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    sums =
+        _mm512_add_epi32(sums, multiply_pairs(_mm256_loadu_epi8(w + i), _mm512_loadu_epi16(y + i)));
+  }
+  if (i < n) {
+    const __mmask32 rest = (1u << (n - i)) - 1;
+    sums = _mm512_add_epi32(sums, multiply_pairs(_mm256_maskz_loadu_epi8(rest, w + i),
+                                                 _mm512_maskz_loadu_epi16(rest, y + i)));
+  }
+  return _mm512_reduce_add_epi32(sums);
+}
+
 #include "cpu/simd/kernels_inl.h"
 
 }  // namespace

@@ -30,6 +30,16 @@ struct Product {
   size_t k;
 };
 
+// Whole numbers: out[r] = sum of w[r * ldw + i] * y[i] over i < k, exactly.
+struct Int8Product {
+  const int8_t* w;  // n rows of k, ldw apart; at least -127
+  size_t ldw;
+  const int16_t* y;  // k values; at least -32767
+  int64_t* out;      // n
+  size_t n;
+  size_t k;
+};
+
 struct Kernels {
   const char* name;  // "portable", "avx2", "avx512"
 
@@ -42,6 +52,9 @@ struct Kernels {
   // C += A * W: element by element, products are added in the order of k. A zero in A adds nothing
   // to a finite sum, so rows that use different parts of W can share a call. For f32 and f16 only.
   void (*accumulate[2])(const Product& product);
+
+  // For the certified head.
+  void (*dot_i8)(const Int8Product& product);
 
   // x[i] <- exp((x[i] - max) * scale), scale > 0; returns their sum. The sum's order depends on n
   // alone.

@@ -10,6 +10,7 @@
 //   round_even(x), scale_by_pow2(x, n) x * 2^n for whole n in [-126, 127]
 //   sum4(out, a, b, c, d)              the sums of four vectors' lanes, each in the same fixed tree
 //   max_lane(v)
+//   dot_block(w, y, n)                 the sum of int8 times int16, n <= kDotBlock, in int32
 //
 // so that every function here has internal linkage and is compiled with that file's flags.
 // No include guard: it is a body, not an interface.
@@ -226,6 +227,21 @@ void accumulate(const Product& p) {
   }
 }
 
+// ---------------------------------------------------------------------------------- whole numbers
+
+// Within a block no partial sum leaves int32: 512 * 127 * 32767 < 2^31.
+void dot_i8(const Int8Product& p) {
+  constexpr size_t kDotBlock = 512;
+  for (size_t r = 0; r < p.n; ++r) {
+    const int8_t* w = p.w + r * p.ldw;
+    int64_t sum = 0;
+    for (size_t i = 0; i < p.k; i += kDotBlock) {
+      sum += dot_block(w + i, p.y + i, p.k - i < kDotBlock ? p.k - i : kDotBlock);
+    }
+    p.out[r] = sum;
+  }
+}
+
 // ----------------------------------------------------------------------------------- elementwise
 
 // exp(x) within 2 ulp on [-87.3, 88.3], where the result is a normal number; arguments outside are
@@ -324,6 +340,7 @@ constexpr Kernels table(const char* name) {
   return {.name = name,
           .matmul = {matmul<float>, matmul<F16>, matmul<BF16>},
           .accumulate = {accumulate<float>, accumulate<F16>},
+          .dot_i8 = dot_i8,
           .softmax = softmax,
           .swiglu = swiglu,
           .rms_norm = rms_norm,

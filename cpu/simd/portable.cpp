@@ -110,6 +110,12 @@ inline void sum4(float* out, Vec a, Vec b, Vec c, Vec d) {
   store(out, Vec{sum_tree(a), sum_tree(b), sum_tree(c), sum_tree(d)});
 }
 
+inline int32_t dot_block(const int8_t* w, const int16_t* y, size_t n) {
+  int32_t sum = 0;
+  for (size_t i = 0; i < n; ++i) sum += w[i] * y[i];
+  return sum;
+}
+
 #include "cpu/simd/kernels_inl.h"
 
 }  // namespace

@@ -1,0 +1,119 @@
+// The certified head: the token that the full float16 head gives, from an int8 copy of lm_head and
+// a proof. docs/certified-head.md explains it in plain words.
+//
+// For a row w of lm_head (n values) and a state y, both are rounded to whole numbers:
+//
+//   w ~ s * q   q in [-127, 127], one scale a row
+//   y ~ t * v   v in [-32639, 32639], one scale a state
+//
+// The sum D = q . v is a sum of whole numbers: exact, in any order, on any device. Let f be what
+// the full head computes for this row in float32, and u = 2^-24 its unit roundoff. Then
+//
+//   f - s t D  =  (f - w.y)  +  w.(y - t v)  +  (w - s q).(t v)
+//
+//   |f - w.y|         <=  g |w| |y|,  g = n u / (1 - n u), for every order of summation, with or
+//                         without fused multiply-add (Higham, "Accuracy and stability of numerical
+//                         algorithms", 3.1)
+//   |w.(y - t v)|     <=  |w| |y - t v|                                (Cauchy-Schwarz)
+//   |(w - s q).(t v)| <=  (s / 2) * sum |t v_j|  over a few j,         (no rounding is worse than
+//                         + |w - s q| |t v|  over the other j           half a step)
+//
+// with Euclidean norms. The few j are the state's outliers, where the last line is the better for
+// it. So f lies within  scale * a + error * b + norm * c  of s t D, where scale, error >= |w - s q|
+// and norm >= |w| belong to the row, and a, b, c to the state. All are rounded up.
+//
+// Everything here is plain arithmetic on spans: a device may compute the rows' numbers, D and the
+// intervals itself, by the same definitions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "engine/metrics.h"
+#include "engine/sampling.h"
+
+namespace infemeral {
+
+// How the head computes tokens from a state.
+enum class HeadMode {
+  kCertified,  // int8 product, then float16 rows as far as the proof needs them: the full head's
+               // token
+  kFull,       // the float16 product of every row
+  kInt8        // the int8 product alone: another model, by a little
+};
+std::string_view head_mode_name(HeadMode mode);  // "certified", "full", "int8"
+std::optional<HeadMode> parse_head_mode(std::string_view name);
+
+// A row of lm_head beside its int8 values.
+struct RowBound {
+  float scale = 0;  // s
+  float error = 0;  // |w - s q|
+  float norm = 0;   // |w|
+};
+
+// Writes q (row.size() values). For rows whose values are binary16 numbers. A row with a value that
+// is not finite gets q = 0 and the norm infinity, which no state is certifiable with.
+RowBound quantise_row(std::span<const float> row, std::span<std::int8_t> q);
+
+// The largest |v|: as two signed bytes, v = 256 * high + low, for devices that multiply bytes.
+inline constexpr std::int32_t kStateMax = 127 * 256 + 127;
+
+struct StateBound {
+  float scale = 0;         // t
+  float scale_factor = 0;  // a: of RowBound::scale
+  float error_factor = 0;  // b: of RowBound::error
+  float norm_factor = 0;   // c: of RowBound::norm
+};
+
+// Writes v (state.size() values). nullopt when the proof does not cover the state: it is all but
+// zero (below 2^-60), products with the largest row could leave the range in which float32 rounds
+// as the proof says, or it has more than 2^20 values. `largest_norm` is the largest RowBound::norm.
+std::optional<StateBound> quantise_state(std::span<const float> state, float largest_norm,
+                                         std::span<std::int16_t> v);
+
+// The logit that the int8 product stands for: s t D.
+inline float approximate_logit(std::int64_t dot, const RowBound& row, const StateBound& state) {
+  return static_cast<float>(dot) * (row.scale * state.scale);
+}
+
+// How far from it the full head's float32 logit can be. Roundings here and in the sums
+// approximate_logit +- radius are covered.
+inline float logit_radius(const RowBound& row, const StateBound& state) {
+  return row.scale * state.scale_factor + row.error * state.error_factor +
+         row.norm * state.norm_factor;
+}
+
+// Chooses tokens from intervals of logits. One a thread; keeps its buffers.
+class CertifiedSampler {
+ public:
+  // Replaces every candidate's score by the full head's logit of its id, with the same bits.
+  using Rescore = std::function<void(std::span<Candidate>)>;
+
+  // lower[i] <= the full head's logit of token i <= upper[i], both finite; overwritten as scratch.
+  // The token is the one that Sampler::sample gives for the full head's logits. nullopt when that
+  // cannot be shown, or not with fewer rows than pay: run the full head then. Adds to the
+  // rows and the widenings of `counters`; tokens and full passes are the caller's to count.
+  std::optional<std::int32_t> sample(std::span<float> lower, std::span<float> upper,
+                                     const SampleRequest& request, const Rescore& rescore,
+                                     HeadCounters& counters);
+
+ private:
+  struct Row;
+  bool select(const Row& row, float threshold);
+  bool select_gumbel(const Row& row);
+  bool rescore_from(const Row& row, std::size_t first);
+  std::optional<std::int32_t> sample_nucleus(const Row& row);
+  std::optional<std::int32_t> certify(const Row& row);
+  float kth_largest(std::span<const float> values, std::size_t k);
+
+  Scorer scorer_;
+  std::vector<Candidate> candidates_;
+  std::vector<float> scratch_;
+};
+
+}  // namespace infemeral

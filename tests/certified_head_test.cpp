@@ -1,0 +1,514 @@
+// The certified head against the full one, and its intervals against float64 and against sums in
+// the worst orders. Heads are small, so that there can be many.
+#include "engine/certified_head.h"
+
+#include <algorithm>
+#include <array>
+#include <catch2/catch.hpp>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cpu/int8_head.h"
+#include "cpu/simd/dispatch.h"
+#include "engine/float16.h"
+#include "engine/sampling.h"
+
+namespace infemeral {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+std::mt19937_64& rng() {
+  static std::mt19937_64 generator{std::random_device{}()};
+  return generator;
+}
+std::size_t random_index(std::size_t n) {
+  return rng()() % n;
+}
+float normal(float scale = 1) {
+  return std::normal_distribution<float>(0, scale)(rng());
+}
+float uniform(float low, float high) {
+  return std::uniform_real_distribution<float>(low, high)(rng());
+}
+
+// lm_head as its values and as binary16, V x H, and a state. Values may go beyond binary16's 65504
+// on their way in, never in what is stored.
+struct Problem {
+  std::size_t vocab, hidden;
+  std::vector<float> weights;
+  std::vector<std::uint16_t> halves;
+  std::vector<float> state;
+
+  Problem(std::size_t v, std::size_t h) : vocab(v), hidden(h), weights(v * h), state(h) {}
+  float* row(std::size_t i) { return &weights[i * hidden]; }
+  const float* row(std::size_t i) const { return &weights[i * hidden]; }
+  void store() {
+    halves.resize(weights.size());
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      halves[i] = f32_to_f16(std::clamp(weights[i], -65504.0f, 65504.0f));
+      weights[i] = f16_to_f32(halves[i]);
+    }
+  }
+  Matrix matrix() const {
+    return {simd::Format::kF16, reinterpret_cast<const std::byte*>(halves.data()), vocab, hidden};
+  }
+};
+
+Problem random_problem() {
+  // Now and then a vocabulary of which only a part may be rescored, and rows of several blocks.
+  const bool large = random_index(100) == 0;
+  Problem p(large ? 1000 + random_index(2000) : 20 + random_index(180),
+            1 + random_index(large ? 1200 : 70));
+  for (float& w : p.weights) w = normal();
+  const float scale = uniform(0.1f, 3);  // from flat to peaked
+  for (float& y : p.state) y = normal(scale);
+  return p;
+}
+
+void copy_row(Problem& p, std::size_t from, std::size_t to) {
+  std::copy(p.row(from), p.row(from) + p.hidden, p.row(to));
+}
+
+// Every way to be difficult, by name.
+const std::map<std::string, std::function<void(Problem&)>> kDifficult = {
+    {"ties: every row several times",
+     [](Problem& p) {
+       for (std::size_t i = p.vocab / 4; i < p.vocab; ++i) copy_row(p, i % (p.vocab / 4), i);
+     }},
+    {"near-ties: rows that differ by one binary16 step of one value",
+     [](Problem& p) {
+       for (std::size_t i = 1; i < p.vocab; ++i) {
+         copy_row(p, 0, i);
+         float& w = p.row(i)[random_index(p.hidden)];
+         w = f16_to_f32(static_cast<std::uint16_t>(f32_to_f16(w) + (i % 2 ? 1 : -1)));
+       }
+     }},
+    {"flat: a state that barely tells rows apart",
+     [](Problem& p) {
+       for (std::size_t i = 1; i < p.vocab; ++i) {
+         copy_row(p, 0, i);
+         p.row(i)[random_index(p.hidden)] *= 1 + normal(0.01f);
+       }
+     }},
+    {"norms from 2^-13 to 2^13",
+     [](Problem& p) {
+       for (std::size_t i = 0; i < p.vocab; ++i) {
+         const float scale = std::exp2(uniform(-13, 13));
+         for (std::size_t j = 0; j < p.hidden; ++j) p.row(i)[j] *= scale;
+       }
+       const float scale = std::exp2(uniform(-13, 4));
+       for (float& y : p.state) y *= scale;
+     }},
+    {"zero rows",
+     [](Problem& p) {
+       for (std::size_t i = 0; i < p.vocab; ++i) {
+         if (random_index(3) != 0) std::fill(p.row(i), p.row(i) + p.hidden, 0.0f);
+       }
+     }},
+    {"subnormal rows under a large state",
+     [](Problem& p) {
+       for (float& w : p.weights) w *= 0x1p-17f;
+       for (float& y : p.state) y *= 0x1p17f;
+     }},
+    {"a state with subnormal values",
+     [](Problem& p) {
+       for (std::size_t j = 1; j < p.hidden; ++j) {
+         if (random_index(2) == 0) p.state[j] = normal(0x1p-140f);
+       }
+     }},
+    {"one huge coordinate", [](Problem& p) { p.state[random_index(p.hidden)] = normal(1e4f); }},
+    {"one huge coordinate that the rows do not use",
+     [](Problem& p) {
+       const std::size_t huge = random_index(p.hidden);
+       p.state[huge] = 1e6f;
+       for (std::size_t i = 0; i < p.vocab; ++i) p.row(i)[huge] = 0;
+     }},
+    {"one huge weight a row, where the state is small",
+     [](Problem& p) {
+       const std::size_t small = random_index(p.hidden);
+       p.state[small] = 1e-3f;
+       for (std::size_t i = 0; i < p.vocab; ++i) p.row(i)[small] = normal(100);
+     }},
+    {"a tiny state",
+     [](Problem& p) {
+       const float scale = std::exp2(uniform(-148, -50));
+       for (float& y : p.state) y *= scale;
+     }},
+    {"a huge state",
+     [](Problem& p) {
+       const float scale = std::exp2(uniform(80, 100));
+       for (float& y : p.state) y *= scale;
+     }},
+    {"all zero", [](Problem& p) { std::fill(p.state.begin(), p.state.end(), 0.0f); }},
+    {"whole numbers: no rounding at all, many equal logits",
+     [](Problem& p) {
+       for (float& w : p.weights) w = std::round(w);
+       for (float& y : p.state) y = std::round(y);
+     }},
+    {"sums that cancel",
+     [](Problem& p) {
+       for (std::size_t i = 0; i < p.vocab; ++i) {
+         for (std::size_t j = 1; j < p.hidden; j += 2) p.row(i)[j] = p.row(i)[j - 1];
+       }
+       for (std::size_t j = 1; j < p.hidden; j += 2) {
+         p.state[j - 1] *= 100;
+         p.state[j] = -p.state[j - 1] * (1 + normal(0x1p-20f));
+       }
+     }},
+};
+
+Problem difficult_problem(const std::string& name) {
+  Problem p = random_problem();
+  kDifficult.at(name)(p);
+  return p;
+}
+
+const std::vector<SamplingParams> kParams = {
+    {},
+    {.repetition_penalty = 1.3f},
+    {.repetition_penalty = 0.6f},
+    {.temperature = 1},
+    {.temperature = 0.3f, .repetition_penalty = 1.2f},
+    {.temperature = 0.7f, .top_k = 5},
+    {.temperature = 1.5f, .top_k = 40, .repetition_penalty = 1.1f},
+    {.temperature = 1, .min_p = 0.1f},
+    {.temperature = 0.9f, .top_k = 10, .min_p = 0.02f},
+    {.temperature = 0.8f, .top_k = 20, .top_p = 0.8f},
+    {.temperature = 0.7f, .top_p = 0.9f},
+    {.temperature = 1, .top_p = 0.5f, .repetition_penalty = 1.2f},
+    {.temperature = 1.2f, .top_k = 1000, .top_p = 0.95f, .min_p = 0.05f},
+};
+
+// One head on one instruction set, as the CPU backend uses it.
+class Heads {
+ public:
+  Heads(const Problem& p, const simd::Kernels& kernels)
+      : p_(p), kernels_(kernels), pool_(1), int8_(p.matrix(), kernels, pool_) {
+    int8_.load({const_cast<float*>(p.state.data()), p.hidden}, 1);
+    lower.assign(p.vocab, kNan);
+    upper.assign(p.vocab, kNan);
+    if (covered()) int8_.intervals({lower.data(), p.vocab}, {upper.data(), p.vocab});
+    logits.assign(p.vocab, kNan);
+    const Matrix matrix = p.matrix();
+    multiply(matrix, logits.data());
+  }
+  bool covered() const { return int8_.covers(0); }
+
+  std::int32_t full(const SampleRequest& request) {
+    std::vector<float> scratch = logits;
+    return sampler_.sample(scratch, request);
+  }
+  std::optional<std::int32_t> certified(const SampleRequest& request, HeadCounters& counters) {
+    std::vector<float> low = lower, high = upper;
+    const auto rescore = [&](std::span<Candidate> candidates) {
+      for (Candidate& c : candidates) {
+        const Matrix row = p_.matrix().row(static_cast<std::size_t>(c.id));
+        multiply(row, &c.score);
+      }
+    };
+    return certified_.sample(low, high, request, rescore, counters);
+  }
+
+  std::vector<float> lower, upper, logits;
+
+ private:
+  void multiply(const Matrix& w, float* out) {
+    const Rows x{const_cast<float*>(p_.state.data()), p_.hidden};
+    linear_rows(kernels_, {.weight = &w, .out = {out, w.rows}}, x, 1, 0, w.rows);
+  }
+
+  const Problem& p_;
+  const simd::Kernels& kernels_;
+  ThreadPool pool_;
+  Int8Head int8_;
+  Sampler sampler_;
+  CertifiedSampler certified_;
+};
+
+struct Tally {
+  std::size_t cases = 0, shown = 0, wrong = 0;
+  HeadCounters counters;
+};
+
+// Every kind of sampling on one problem.
+void compare(Problem& p, const simd::Kernels& kernels, Tally& tally) {
+  p.store();
+  Heads heads(p, kernels);
+  std::vector<std::int32_t> history(random_index(30));
+  for (std::int32_t& id : history) id = static_cast<std::int32_t>(random_index(p.vocab));
+  for (const SamplingParams& params : kParams) {
+    SampleRequest request{.params = params, .position = random_index(1000), .history = history};
+    request.params.seed = rng()();
+    ++tally.cases;
+    if (!heads.covered()) continue;  // the full head is run
+    const std::optional<std::int32_t> token = heads.certified(request, tally.counters);
+    if (!token) continue;
+    ++tally.shown;
+    if (*token == heads.full(request)) continue;
+    ++tally.wrong;
+    CAPTURE(kernels.name, p.vocab, p.hidden, params.temperature, params.top_k, params.top_p,
+            params.min_p, params.repetition_penalty, *token, heads.full(request));
+    CHECK(false);
+  }
+}
+
+double exact_dot(const Problem& p, std::size_t row) {
+  long double sum = 0;  // products of binary16 and binary32 are exact in it
+  for (std::size_t j = 0; j < p.hidden; ++j) {
+    sum += static_cast<long double>(p.row(row)[j]) * p.state[j];
+  }
+  return static_cast<double>(sum);
+}
+
+// The same sum in float32 in orders that nobody would choose: as it lies, backwards, largest
+// products first, smallest first, positive before negative; products rounded or fused.
+std::vector<float> adversarial_sums(const float* w, const float* y, std::size_t n) {
+  std::vector<std::size_t> order(n);
+  for (std::size_t j = 0; j < n; ++j) order[j] = j;
+  const auto product = [&](std::size_t j) { return static_cast<double>(w[j]) * y[j]; };
+  const std::function<bool(std::size_t, std::size_t)> orders[] = {
+      std::less<>(), std::greater<>(),
+      [&](auto a, auto b) { return std::fabs(product(a)) > std::fabs(product(b)); },
+      [&](auto a, auto b) { return std::fabs(product(a)) < std::fabs(product(b)); },
+      [&](auto a, auto b) { return product(a) > product(b); }};
+  std::vector<float> sums;
+  for (const auto& before : orders) {
+    std::sort(order.begin(), order.end(), before);
+    float rounded = 0, fused = 0;
+    for (std::size_t j : order) {
+      rounded += w[j] * y[j];
+      fused = std::fmaf(w[j], y[j], fused);
+    }
+    sums.push_back(rounded);
+    sums.push_back(fused);
+  }
+  return sums;
+}
+
+}  // namespace
+
+TEST_CASE("the certified head gives the full head's token: 100,000 random cases") {
+  for (const simd::Kernels* kernels : simd::available_kernels()) {
+    Tally tally;
+    while (tally.cases < 100000) {
+      Problem p = random_problem();
+      compare(p, *kernels, tally);
+    }
+    CHECK(tally.wrong == 0);
+    // A proof that never succeeds would pass too.
+    CHECK(tally.shown > 0.9 * static_cast<double>(tally.cases));
+    CHECK(tally.counters.rows_rescored > 0);
+  }
+}
+
+TEST_CASE("the certified head gives the full head's token: every kind of difficulty") {
+  for (const simd::Kernels* kernels : simd::available_kernels()) {
+    for (const auto& [name, change] : kDifficult) {
+      CAPTURE(name);
+      Tally tally;
+      while (tally.cases < 2000) {
+        Problem p = difficult_problem(name);
+        compare(p, *kernels, tally);
+      }
+      CHECK(tally.wrong == 0);
+      if (name != "a tiny state" && name != "a huge state" && name != "all zero") {
+        CHECK(tally.shown > tally.cases / 2);
+      }
+    }
+  }
+}
+
+TEST_CASE("intervals hold the exact product and every float32 sum of it") {
+  std::vector<std::string> names = {"random"};
+  for (const auto& [name, change] : kDifficult) names.push_back(name);
+  for (const std::string& name : names) {
+    CAPTURE(name);
+    for (int round = 0; round < 20; ++round) {
+      Problem p = name == "random" ? random_problem() : difficult_problem(name);
+      p.store();
+      for (const simd::Kernels* kernels : simd::available_kernels()) {
+        const Heads heads(p, *kernels);
+        if (!heads.covered()) continue;
+        for (std::size_t i = 0; i < p.vocab; ++i) {
+          const double exact = exact_dot(p, i);
+          std::vector<float> sums = adversarial_sums(p.row(i), p.state.data(), p.hidden);
+          sums.push_back(heads.logits[i]);
+          const auto [least, most] = std::minmax_element(sums.begin(), sums.end());
+          CAPTURE(kernels->name, p.hidden, exact, *least, *most);
+          REQUIRE(heads.lower[i] <= std::min<double>(exact, *least));
+          REQUIRE(heads.upper[i] >= std::max<double>(exact, *most));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("intervals hold sums whose roundings all go the same way") {
+  // Rows and states that are whole numbers times their scales: nothing but the rounding of the sum
+  // is left in the interval's width.
+  for (std::size_t n : {2, 5, 33, 64, 300, 4096}) {
+    std::vector<std::int8_t> q(n);
+    std::vector<std::int16_t> v(n);
+    const RowBound row = quantise_row(std::vector<float>(n, 127), q);
+    const auto state =
+        quantise_state(std::vector<float>(n, static_cast<float>(kStateMax)), row.norm, v);
+    REQUIRE(state);
+    CHECK((row.scale == 1 && row.error == 0 && state->scale == 1 && state->scale_factor == 0));
+
+    // A machine that makes every product and every partial sum too large by half a unit.
+    const double u = 0x1p-24, product = 127.0 * kStateMax;
+    double sum = 0;
+    std::int64_t dot = 0;
+    for (std::size_t j = 0; j < n; ++j) {
+      sum = (sum + product * (1 + u)) * (j == 0 ? 1 : 1 + u);
+      dot += q[j] * v[j];
+    }
+    const double exact = product * static_cast<double>(n);
+    CHECK(static_cast<double>(dot) == exact);
+    const float centre = approximate_logit(dot, row, *state), radius = logit_radius(row, *state);
+    CHECK(centre + radius >= sum);
+    CHECK(centre - radius <= exact - (sum - exact));
+    // And not an interval that would hold anything.
+    CHECK(radius <= 1.01 * static_cast<double>(n + 9) * u * exact);
+  }
+}
+
+TEST_CASE("intervals of very short rows, where nothing but roundings is left, hold the product") {
+  std::int8_t q[2];
+  std::int16_t v[2];
+  for (int round = 0; round < 200000; ++round) {
+    const std::size_t n = 1 + random_index(2);
+    float w[2], y[2];
+    double exact = 0;
+    std::int64_t dot = 0;
+    for (std::size_t j = 0; j < n; ++j) {
+      w[j] = f16_to_f32(f32_to_f16(normal()));
+      y[j] = normal();
+      exact += static_cast<double>(w[j]) * y[j];  // two exact products, one rounding of 2^-53
+    }
+    const RowBound row = quantise_row({w, n}, {q, n});
+    const auto state = quantise_state({y, n}, row.norm, {v, n});
+    REQUIRE(state);
+    for (std::size_t j = 0; j < n; ++j) dot += q[j] * v[j];
+    const float centre = approximate_logit(dot, row, *state), radius = logit_radius(row, *state);
+    float sum = w[0] * y[0];
+    if (n == 2) sum += w[1] * y[1];
+    REQUIRE(centre - radius <= std::min<double>(exact, sum));
+    REQUIRE(centre + radius >= std::max<double>(exact, sum));
+  }
+}
+
+TEST_CASE("a row's error and norm are not below what float64 says, nor far above") {
+  for (int round = 0; round < 2000; ++round) {
+    const std::size_t n = 1 + random_index(300);
+    std::vector<float> row(n);
+    const float scale = std::exp2(uniform(-24, 10));
+    for (float& w : row) w = f16_to_f32(f32_to_f16(normal(scale)));
+    std::vector<std::int8_t> q(n, 99);
+    const RowBound bound = quantise_row(row, q);
+    long double error = 0, norm = 0;
+    for (std::size_t j = 0; j < n; ++j) {
+      const long double kept = static_cast<long double>(bound.scale) * q[j];
+      error += (row[j] - kept) * (row[j] - kept);
+      norm += static_cast<long double>(row[j]) * row[j];
+      REQUIRE(std::fabs(row[j] - kept) <= 0.5001L * bound.scale);
+      REQUIRE(q[j] >= -127);
+    }
+    REQUIRE(bound.error >= std::sqrt(error));
+    REQUIRE(bound.norm >= std::sqrt(norm));
+    REQUIRE(bound.error <= std::sqrt(error) * (1 + 0x1p-22L));
+    REQUIRE(bound.norm <= std::sqrt(norm) * (1 + 0x1p-22L));
+  }
+}
+
+TEST_CASE("what the proof does not cover is refused, not guessed") {
+  std::vector<std::int8_t> q(3, 99);
+  for (float bad : {kNan, HUGE_VALF, -HUGE_VALF}) {
+    const RowBound row = quantise_row(std::vector<float>{1, bad, 2}, q);
+    CHECK(row.norm == HUGE_VALF);
+    CHECK(q == std::vector<std::int8_t>{0, 0, 0});
+  }
+  std::vector<std::int16_t> v(3);
+  const std::vector<float> state = {1, -2, 3};
+  CHECK(quantise_state(state, 10, v));
+  CHECK(!quantise_state(state, HUGE_VALF, v));
+  CHECK(!quantise_state(state, kNan, v));
+  CHECK(!quantise_state(state, 0x1p100f, v));
+  for (float bad : {kNan, HUGE_VALF, 3e38f}) {
+    CHECK(!quantise_state(std::vector<float>{1, bad, 2}, 1e4f, v));
+  }
+  CHECK(!quantise_state(std::vector<float>{0, 0x1p-61f, 0}, 10, v));
+  std::vector<float> long_state((1u << 20) + 1, 1.0f);
+  std::vector<std::int16_t> long_v(long_state.size());
+  CHECK(!quantise_state(long_state, 10, long_v));
+
+  // Scores that float32 could not hold.
+  CertifiedSampler sampler;
+  HeadCounters counters;
+  std::vector<float> lower = {1, 2}, upper = {1, 2};
+  const auto rescore = [](std::span<Candidate>) { FAIL("nothing is to be rescored"); };
+  CHECK(!sampler.sample(lower, upper, {.params = {.temperature = 1e-30f}}, rescore, counters));
+  CHECK(
+      !sampler.sample(lower, upper, {.params = {.repetition_penalty = 1e-30f}}, rescore, counters));
+}
+
+TEST_CASE("the state's whole numbers are two signed bytes, v = 256 * high + low") {
+  for (std::int32_t v = -kStateMax; v <= kStateMax; ++v) {
+    const std::int32_t low = ((v + 128) & 255) - 128, high = (v - low) / 256;
+    REQUIRE(256 * high + low == v);
+    REQUIRE((high >= -128 && high <= 127));
+  }
+}
+
+TEST_CASE("dot_i8 is exact on every path, at the ends of the ranges too") {
+  for (const simd::Kernels* kernels : simd::available_kernels()) {
+    for (std::size_t k : {1, 2, 15, 16, 17, 31, 33, 63, 511, 512, 513, 576, 1500, 8192}) {
+      for (bool extreme : {false, true}) {
+        CAPTURE(kernels->name, k, extreme);
+        const std::size_t n = 1 + random_index(5);
+        std::vector<std::int8_t> w(n * k);
+        std::vector<std::int16_t> y(k);
+        for (auto& x : w) x = static_cast<std::int8_t>(extreme ? 127 : random_index(255) - 127);
+        for (auto& x : y) {
+          x = static_cast<std::int16_t>(extreme ? -32767
+                                                : static_cast<int>(random_index(65279)) - 32639);
+        }
+        std::vector<std::int64_t> out(n, 42);
+        kernels->dot_i8(
+            {.w = w.data(), .ldw = k, .y = y.data(), .out = out.data(), .n = n, .k = k});
+        for (std::size_t r = 0; r < n; ++r) {
+          std::int64_t sum = 0;
+          for (std::size_t i = 0; i < k; ++i) sum += std::int64_t{w[r * k + i]} * y[i];
+          REQUIRE(out[r] == sum);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a flat row is left to the full head: rescoring all of it would cost more") {
+  Problem p(2000, 8);
+  for (std::size_t i = 0; i < p.vocab; ++i) {
+    for (std::size_t j = 0; j < p.hidden; ++j) p.row(i)[j] = 1;
+  }
+  for (float& y : p.state) y = 1;
+  p.store();
+  Heads heads(p, *simd::available_kernels().front());
+  HeadCounters counters;
+  CHECK(!heads.certified({}, counters));
+  CHECK(counters.rows_rescored == 0);
+}
+
+TEST_CASE("head modes have names") {
+  for (HeadMode mode : {HeadMode::kCertified, HeadMode::kFull, HeadMode::kInt8}) {
+    CHECK(parse_head_mode(head_mode_name(mode)) == mode);
+  }
+  CHECK(!parse_head_mode("best"));
+}
+
+}  // namespace infemeral
