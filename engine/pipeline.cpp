@@ -59,7 +59,7 @@ absl::Status Pipeline::send_rows(std::uint32_t start_pos, std::span<const std::i
     drop_session();
     return status;
   }
-  const std::uint32_t expected_rows = wanted == Wanted::kLast ? 1 : 0;
+  const std::uint32_t expected_rows = output_rows(wanted, step.rows);
   if (reply_.rows != expected_rows || reply_.kv_len != start_pos + ids.size()) {
     drop_session();
     return absl::DataLossError(cat("the body answered with ", reply_.rows, " rows at position ",

@@ -83,13 +83,13 @@ TEST_CASE("private generation gives the plain model's tokens") {
                             .sharded = sharded,
                             .seed = ++seed};
   };
-  // On f32, what is left is that a rounded Q keeps norms only to about 2^-11 / sqrt(H): once for
-  // each of the seven norms of three layers, as a random walk. 16 bits move a logit by 2^-11 (bf16:
-  // 2^-8) for each of the products that it went through, i8 by half a step of 1/127 of a block's
-  // largest element.
-  const double f32 = std::sqrt(7.0) * 0x1p-11 / std::sqrt(64.0);
-  const double f16 = 8 * 0x1p-11;
-  const double i8 = 8 * 0x1p-8;
+  // A fold or a rotation that is wrong anywhere turns logits by their whole size; this test is to
+  // find that, for every architecture. Rounding is far smaller but has a tail: small models of
+  // random weights amplify it (a rounded Q keeps a norm to 2^-11 / sqrt(H), here 6e-5; the rarest
+  // of 30,000 tokens showed 2e-3). Equality to the last near-tie is golden_test's, on a real model.
+  const double f32 = 0x1p-7;
+  const double f16 = 0x1p-5;
+  const double i8 = 0x1p-3;
   const std::vector<Case> cases = {
       {model("llama", true, false, false), Dtype::kF32, WireDtype::kF32, f32},
       {model("llama", false, true, true), Dtype::kF32, WireDtype::kF32, f32},
