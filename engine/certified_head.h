@@ -23,7 +23,8 @@
 // and norm >= |w| belong to the row, and a, b, c to the state. All are rounded up.
 //
 // Everything here is plain arithmetic on spans: a device may compute the rows' numbers, D and the
-// intervals itself, by the same definitions.
+// intervals itself, by the same definitions. The first bound asks that its full head rounds every
+// product and sum to nearest float32: units that truncate, as tensor cores do, need a larger u.
 #pragma once
 
 #include <cstddef>

@@ -61,9 +61,9 @@ struct Problem {
 
 Problem random_problem() {
   // Now and then a vocabulary of which only a part may be rescored, and rows of several blocks.
-  const bool large = random_index(100) == 0;
+  const bool large = random_index(400) == 0;
   Problem p(large ? 1000 + random_index(2000) : 20 + random_index(180),
-            1 + random_index(large ? 1200 : 70));
+            1 + random_index(large ? 700 : 70));
   for (float& w : p.weights) w = normal();
   const float scale = uniform(0.1f, 3);  // from flat to peaked
   for (float& y : p.state) y = normal(scale);
@@ -179,6 +179,7 @@ const std::vector<SamplingParams> kParams = {
     {.temperature = 1, .min_p = 0.1f},
     {.temperature = 0.9f, .top_k = 10, .min_p = 0.02f},
     {.temperature = 0.8f, .top_k = 20, .top_p = 0.8f},
+    {.temperature = 1.5f, .top_k = 18, .top_p = 0.9f, .min_p = 0.15f},
     {.temperature = 0.7f, .top_p = 0.9f},
     {.temperature = 1, .top_p = 0.5f, .repetition_penalty = 1.2f},
     {.temperature = 1.2f, .top_k = 1000, .top_p = 0.95f, .min_p = 0.05f},
