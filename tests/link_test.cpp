@@ -644,8 +644,9 @@ TEST_CASE("a server that accepts and says nothing") {
 }
 
 TEST_CASE("a stop token ends a step and gives the link up") {
-  Rig rig;
+  // Outlives the rig, whose compute thread may still look at it.
   std::latch entered(1), leave(1);
+  Rig rig;
   rig.body.before_run = [&] {
     if (!entered.try_wait()) {
       entered.count_down();
@@ -684,8 +685,9 @@ TEST_CASE("a stop token ends a step and gives the link up") {
 }
 
 TEST_CASE("a step that takes too long ends at its deadline") {
-  Rig rig;
+  // Outlives the rig, whose compute thread may still look at it.
   std::latch leave(1);
+  Rig rig;
   rig.body.before_run = [&] { leave.wait(); };
   rig.options.step_timeout = milliseconds(200);
   rig.start();
@@ -720,9 +722,10 @@ TEST_CASE("a line that is cut or frozen in the middle") {
 }
 
 TEST_CASE("a server that shuts down") {
-  Rig rig;
+  // Outlives the rig, whose compute thread may still look at it.
   std::latch entered(1), leave(1);
   std::atomic<bool> block = false;
+  Rig rig;
   rig.body.before_run = [&] {
     if (block) {
       entered.count_down();
@@ -807,9 +810,11 @@ TEST_CASE("many clients with many sessions at once get their own answers") {
 }
 
 TEST_CASE("steps that wait are run together") {
-  Rig rig;
+  // Outlives the rig, whose compute thread may still look at it.
   std::latch leave(1);
   std::atomic<bool> blocked = false;
+  std::atomic<int> wrong = 0;
+  Rig rig;
   rig.body.before_run = [&] {
     if (!blocked.exchange(true)) leave.wait();
   };
@@ -821,7 +826,6 @@ TEST_CASE("steps that wait are run together") {
     links.push_back(rig.connect());
     talks.emplace_back(*links[i], 96, WireDtype::kF16);
   }
-  std::atomic<int> wrong = 0;
   std::vector<std::thread> threads;
   threads.emplace_back([&] { wrong += !talks[0].step(0, 1, Wanted::kLast).ok(); });
   REQUIRE(soon([&] { return blocked.load(); }));
@@ -997,10 +1001,11 @@ TEST_CASE("requests of one connection may be in flight together") {
 }
 
 TEST_CASE("one envelope does not bring more requests than may wait") {
-  Rig rig;
-  rig.server_options.max_pending_per_connection = 4;
+  // Outlives the rig, whose compute thread may still look at it.
   std::latch leave(1);
   std::atomic<bool> block = false;
+  Rig rig;
+  rig.server_options.max_pending_per_connection = 4;
   rig.body.before_run = [&] {
     if (block) leave.wait();
   };
