@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <latch>
+#include <mutex>
 #include <set>
 #include <variant>
 
@@ -141,6 +142,7 @@ struct RudeServer final : v1::SplitInference::Service {
 
   grpc::Status Session(grpc::ServerContext*,
                        grpc::ServerReaderWriter<v1::Envelope, v1::Envelope>* stream) override {
+    const std::lock_guard lock(in_session_);
     v1::Envelope envelope;
     if (!stream->Read(&envelope)) return grpc::Status::CANCELLED;
     if (at_hello) return *at_hello;
@@ -172,13 +174,23 @@ struct RudeServer final : v1::SplitInference::Service {
     return grpc::Status::OK;
   }
 
+  // Changes what the server says, once the last stream has ended.
+  template <typename Change>
+  void change(Change change) {
+    const std::lock_guard lock(in_session_);
+    change();
+  }
+
   const Identity& identity;
   int port = 0;
-  // Set while no stream is open.
+  // Set while no stream is open: by change(), after the first one.
   std::optional<grpc::Status> at_hello;
   std::string payload;  // of the second handshake message
   std::function<Answer(const Frame&)> answer;
   std::unique_ptr<grpc::Server> server;
+
+ private:
+  std::mutex in_session_;
 };
 
 // One message to a method whose messages this test has no code for, and the first one back.
@@ -1088,20 +1100,22 @@ TEST_CASE("whatever a server says, the end of a link is not one request's fault"
   for (int code = 0; code <= 16; ++code) {
     CAPTURE(code);
     const grpc::Status status(static_cast<grpc::StatusCode>(code), "words");
-    server.at_hello = status;
+    server.change([&] { server.at_hello = status; });
     CHECK(ends.count(connect_link(rig.options).status().code()) == 1);
-    server.at_hello.reset();
 
-    const auto opened = [&](const Frame& frame) {
+    const auto opened = [](const Frame& frame) {
       return encode_frame(
           {frame.request,
            OpenedFrame{
                {.id = 1, .hidden_size = 96, .max_context = 10, .max_rows = 10, .body = "rude"}}});
     };
-    server.answer = [&](const Frame& frame) -> RudeServer::Answer {
-      if (std::holds_alternative<OpenFrame>(frame.kind)) return opened(frame);
-      return status;
-    };
+    server.change([&] {
+      server.at_hello.reset();
+      server.answer = [=](const Frame& frame) -> RudeServer::Answer {
+        if (std::holds_alternative<OpenFrame>(frame.kind)) return opened(frame);
+        return status;
+      };
+    });
     auto link = rig.connect();
     const auto session = link->open_session({});
     REQUIRE(session.ok());
@@ -1116,15 +1130,18 @@ TEST_CASE("whatever a server says, the end of a link is not one request's fault"
 
     // An Error frame is about the request; the link and its session go on.
     if (code == 0) continue;
-    server.answer = [&](const Frame& frame) -> RudeServer::Answer {
-      if (std::holds_alternative<OpenFrame>(frame.kind)) return opened(frame);
-      v1::Frame message;
-      message.set_version(kProtocolVersion);
-      message.set_request(frame.request);
-      message.mutable_error()->set_code(static_cast<std::uint32_t>(code));
-      message.mutable_error()->set_message("words");
-      return message.SerializeAsString();
-    };
+    link.reset();
+    server.change([&] {
+      server.answer = [=](const Frame& frame) -> RudeServer::Answer {
+        if (std::holds_alternative<OpenFrame>(frame.kind)) return opened(frame);
+        v1::Frame message;
+        message.set_version(kProtocolVersion);
+        message.set_request(frame.request);
+        message.mutable_error()->set_code(static_cast<std::uint32_t>(code));
+        message.mutable_error()->set_message("words");
+        return message.SerializeAsString();
+      };
+    });
     link = rig.connect();
     REQUIRE(link->open_session({}).ok());
     const auto own = static_cast<StatusCode>(code);

@@ -84,7 +84,9 @@ for ((i = 0; i < ${#fuzzers[@]}; i += 2)); do  # two at a time
 done
 
 step "thread sanitizer: build"
-network_tests=(link noise codec private_generation privacy)
+# Not the tests that compute: oneTBB, which Debian builds without the sanitizer's hooks, hands work
+# over in ways that it does not see.
+network_tests=(link noise codec frames identity)
 cmake --preset tsan
 cmake --build build/tsan --target "${network_tests[@]/%/_test}"
 step "thread sanitizer: network tests"
