@@ -9,89 +9,49 @@ namespace infemeral {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kUnitRoundoff = 0x1p-24;
-constexpr std::size_t kMaxValues = std::size_t{1} << 20;
-
-// The nearest whole number, for |x| < 2^22; vectorises on any machine.
-float whole(float x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23 leaves no room for a fraction
-  return (x + kMagic) - kMagic;
-}
-
-// A float that is not below sqrt(squares), where `squares` is a sum in double of at most 2^20
-// terms, each of which is within a few 2^-53 of its value.
-float norm_up(double squares) {
-  const double norm = std::sqrt(squares) * (1 + 0x1p-30);
-  const auto rounded = static_cast<float>(norm);
-  return rounded >= norm ? rounded : std::nextafter(rounded, kInfinity);
-}
-
-float round_up(double x) {
-  const auto rounded = static_cast<float>(x);
-  return rounded >= x ? rounded : std::nextafter(rounded, kInfinity);
-}
-
-struct Rounded {
-  float scale = 0;
-  float error = 0;         // |x - scale * whole numbers|
-  float norm = 0;          // |x|
-  float rounded_norm = 0;  // |scale * whole numbers|
-  float largest = 0;       // |element|
-};
 
 // x in whole numbers up to `limit`. The scale is a float and x - scale * q is the difference of two
 // exact doubles, so the errors are those of the rounding that was really done.
 template <typename Integer>
-Rounded round_to_whole(std::span<const float> x, std::int32_t limit, std::span<Integer> q) {
-  Rounded r;
-  double squares = 0;
+RoundingSums round_to_whole(std::span<const float> x, std::int32_t limit, std::span<Integer> q) {
+  RoundingSums sums;
+  double norm = 0;
   for (float value : x) {
-    r.largest = std::max(r.largest, std::fabs(value));
-    squares += static_cast<double>(value) * value;
+    sums.largest = std::max(sums.largest, std::fabs(value));
+    norm += static_cast<double>(value) * value;
   }
-  r.norm = norm_up(squares);
+  sums.norm = norm_up(norm);
   const auto most = static_cast<float>(limit);
-  r.scale = r.largest / most;
-  if (!(r.norm < kInfinity) || r.scale == 0) {
+  sums.scale = sums.largest / most;
+  if (!(sums.norm < kInfinity) || sums.scale == 0) {
     std::fill(q.begin(), q.end(), Integer{0});
-    r.scale = 0;
-    r.error = r.norm = r.norm < kInfinity ? r.norm : kInfinity;
-    return r;
+    sums.scale = 0;
+    sums.error = sums.norm = sums.norm < kInfinity ? sums.norm : kInfinity;
+    return sums;
   }
-  double error = 0, kept = 0;
+  double error = 0;
   for (std::size_t i = 0; i < x.size(); ++i) {
-    const float rounded = std::clamp(whole(x[i] / r.scale), -most, most);
+    const float rounded = whole_steps(x[i], sums.scale, most);
     q[i] = static_cast<Integer>(rounded);
-    const double value = static_cast<double>(r.scale) * rounded;
-    error += (x[i] - value) * (x[i] - value);
-    kept += value * value;
+    const double kept = static_cast<double>(sums.scale) * rounded;
+    error += (x[i] - kept) * (x[i] - kept);
   }
-  r.error = norm_up(error);
-  r.rounded_norm = norm_up(kept);
-  return r;
+  sums.error = norm_up(error);
+  return sums;
 }
 
 // The state's part of |(w - s q).(t v)|: outliers one by one, the rest by its norm.
-struct Split {
-  double outliers = 0;  // the sum of |t v_j| over them
-  double rest = 0;      // the norm of the others
-};
-
-// Rounding errors spread evenly have |w - s q| = s sqrt(n / 12). Then an element is better taken
-// alone when it is above sqrt(12 / n) times the norm of what is left. Any split is a valid one.
-Split split_outliers(std::span<const std::int16_t> v, double scale) {
-  constexpr int kRounds = 4;  // the cut sinks as the outliers leave; it hardly moves after this
+void split_outliers(std::span<const std::int16_t> v, RoundingSums& sums) {
   double cut = std::numeric_limits<double>::infinity();
-  double sum = 0, squares = 0;
-  for (int round = 0; round <= kRounds; ++round) {
-    sum = squares = 0;
+  for (int round = 0; round <= kOutlierRounds; ++round) {
+    sums.outliers = sums.rest_squares = 0;
     for (std::int16_t value : v) {
       const double magnitude = std::fabs(static_cast<double>(value));
-      magnitude > cut ? sum += magnitude : squares += magnitude * magnitude;
+      magnitude > cut ? sums.outliers += magnitude : sums.rest_squares += magnitude * magnitude;
     }
-    if (round < kRounds) cut = std::sqrt(12 / static_cast<double>(v.size()) * squares);
+    if (round == 0) sums.squares = sums.rest_squares;
+    if (round < kOutlierRounds) cut = outlier_cut(sums.rest_squares, v.size());
   }
-  return {.outliers = sum * scale, .rest = std::sqrt(squares) * scale};
 }
 
 }  // namespace
@@ -116,36 +76,17 @@ std::optional<HeadMode> parse_head_mode(std::string_view name) {
 }
 
 RowBound quantise_row(std::span<const float> row, std::span<std::int8_t> q) {
-  const Rounded r = round_to_whole(row, 127, q);
-  return {.scale = r.scale, .error = r.error, .norm = r.norm};
+  const RoundingSums sums = round_to_whole(row, kRowMax, q);
+  return {.scale = sums.scale, .error = sums.error, .norm = sums.norm};
 }
 
 std::optional<StateBound> quantise_state(std::span<const float> state, float largest_norm,
                                          std::span<std::int16_t> v) {
-  if (state.size() > kMaxValues) return std::nullopt;
-  const Rounded r = round_to_whole(state, kStateMax, v);
-  // Written so that NaN fails too. Products stay far from overflow; and the sum's rounding, at
-  // least n 2^-24 |w| 2^-60 with |w| >= 2^-24, far above what underflow can take away, which is
-  // 2^-126 in each of 2n operations on devices that flush subnormals to zero.
-  const bool covered =
-      r.largest >= 0x1p-60f && static_cast<double>(largest_norm) * r.norm <= 0x1p100;
-  if (!covered) return std::nullopt;
-
-  const double nu = static_cast<double>(state.size()) * kUnitRoundoff;
-  const double sum_error = nu / (1 - nu);
-  // approximate_logit has three roundings and adding the radius one more, of numbers up to
-  // |s q| |t v|; and |s q| <= 2 |w|, since q is nearest: no element's error is above the element.
-  constexpr double kCentreRoundings = 9 * kUnitRoundoff;
-  // Covers the roundings of logit_radius itself and of the sums here, underflow, and that the
-  // rounding to whole numbers is done in float32: half a step and 2^-16 of one.
-  constexpr double kSlack = 1 + 0x1p-12;
-  const Split split = split_outliers(v, r.scale);
-  return StateBound{
-      .scale = r.scale,
-      .scale_factor = round_up(kSlack * 0.5 * split.outliers),
-      .error_factor = round_up(kSlack * split.rest),
-      .norm_factor = round_up(kSlack * (r.error + sum_error * static_cast<double>(r.norm) +
-                                        kCentreRoundings * r.rounded_norm))};
+  if (state.size() > kMaxCertifiedSize) return std::nullopt;
+  RoundingSums sums = round_to_whole(state, kStateMax, v);
+  if (!proof_covers(sums, state.size(), largest_norm)) return std::nullopt;
+  split_outliers(v, sums);
+  return state_bound(sums, state.size());
 }
 
 struct CertifiedSampler::Row {

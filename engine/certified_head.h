@@ -35,6 +35,7 @@
 #include <string_view>
 #include <vector>
 
+#include "engine/certified_bound.h"
 #include "engine/metrics.h"
 #include "engine/sampling.h"
 
@@ -50,44 +51,15 @@ enum class HeadMode {
 std::string_view head_mode_name(HeadMode mode);  // "certified", "full", "int8"
 std::optional<HeadMode> parse_head_mode(std::string_view name);
 
-// A row of lm_head beside its int8 values.
-struct RowBound {
-  float scale = 0;  // s
-  float error = 0;  // |w - s q|
-  float norm = 0;   // |w|
-};
-
 // Writes q (row.size() values). For rows whose values are binary16 numbers. A row with a value that
 // is not finite gets q = 0 and the norm infinity, which no state is certifiable with.
 RowBound quantise_row(std::span<const float> row, std::span<std::int8_t> q);
-
-// The largest |v|: as two signed bytes, v = 256 * high + low, for devices that multiply bytes.
-inline constexpr std::int32_t kStateMax = 127 * 256 + 127;
-
-struct StateBound {
-  float scale = 0;         // t
-  float scale_factor = 0;  // a: of RowBound::scale
-  float error_factor = 0;  // b: of RowBound::error
-  float norm_factor = 0;   // c: of RowBound::norm
-};
 
 // Writes v (state.size() values). nullopt when the proof does not cover the state: it is all but
 // zero (below 2^-60), products with the largest row could leave the range in which float32 rounds
 // as the proof says, or it has more than 2^20 values. `largest_norm` is the largest RowBound::norm.
 std::optional<StateBound> quantise_state(std::span<const float> state, float largest_norm,
                                          std::span<std::int16_t> v);
-
-// The logit that the int8 product stands for: s t D.
-inline float approximate_logit(std::int64_t dot, const RowBound& row, const StateBound& state) {
-  return static_cast<float>(dot) * (row.scale * state.scale);
-}
-
-// How far from it the full head's float32 logit can be. Roundings here and in the sums
-// approximate_logit +- radius are covered.
-inline float logit_radius(const RowBound& row, const StateBound& state) {
-  return row.scale * state.scale_factor + row.error * state.error_factor +
-         row.norm * state.norm_factor;
-}
 
 // Chooses tokens from intervals of logits. One a thread; keeps its buffers.
 class CertifiedSampler {
