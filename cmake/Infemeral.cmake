@@ -16,8 +16,9 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 
 # Warnings are errors for our own code only: never for a program that embeds the library.
 add_library(infemeral_build_options INTERFACE)
-target_compile_options(infemeral_build_options INTERFACE -Wall -Wextra -Wshadow -Wno-missing-field-initializers -Werror
-                       -fno-math-errno -ffp-contract=off)
+target_compile_options(infemeral_build_options INTERFACE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wshadow;-Wno-missing-field-initializers;-Werror;-fno-math-errno;-ffp-contract=off>
+  $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra,-Werror>)
 if(INFEMERAL_SANITIZE)
   target_compile_options(infemeral_build_options INTERFACE
     -fsanitize=${INFEMERAL_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)

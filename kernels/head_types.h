@@ -1,0 +1,87 @@
+// What host and device tell each other about the rows of one call, and what the stages of the head
+// hand on. Plain data: the host writes and reads pinned memory that the device sees too.
+#pragma once
+
+#include <cstdint>
+
+#include "engine/certified_bound.h"
+
+namespace infemeral::cuda {
+
+inline constexpr int kMaxRows = 32;             // states in one pass over the weights
+inline constexpr int kMaxCandidates = 1 << 14;  // tokens of one row that can be rescored
+// Scores are sorted into bins by their depth below the row's best lower end, 1/8 each. The last bin
+// holds everything deeper than 28, which matters to no choice: e^-28 is no unit of
+// probability_mass, and the noise of two tokens differs by 26.1 at most.
+inline constexpr int kBinsPerNat = 8;
+inline constexpr int kBins = 28 * kBinsPerNat + 1;
+
+// Which tokens can be chosen, and so which rows must be known exactly.
+enum class Selection : std::int32_t {
+  kGreedy,    // those that can be the largest
+  kMinP,      // those that can reach min-p's floor
+  kTopK,      // those that can be among the k largest
+  kNucleus,   // top-p over the whole vocabulary: a band that holds the nucleus
+  kUnlimited  // temperature alone: those that can win with their Gumbel noise
+};
+
+struct RowRequest {  // host -> device
+  float inverse_temperature;
+  float repetition_penalty;
+  float top_p;
+  float min_p;
+  std::int32_t top_k;  // 0: off
+  Selection selection;
+  std::uint64_t seed;
+  std::uint64_t position;
+  std::uint32_t sequence;  // comes back with the result
+};
+
+enum class Outcome : std::int32_t {
+  kToken,      // `token` is the row's token
+  kUncertain,  // the proof does not hold or not pay: run the full head
+  kNotFinite   // the returned row has a NaN or an infinity
+};
+
+// Device times in nanoseconds at which a row's stages began, and the end.
+struct StageTimes {
+  unsigned long long decode, uncloak, de_embed, sample, end;
+};
+
+struct RowResult {  // device -> host
+  std::int32_t token;
+  Outcome outcome;
+  std::uint32_t rows_rescored;
+  StageTimes times;
+  std::uint32_t sequence;  // written last
+};
+
+struct Bin {
+  std::uint32_t upper_ends;  // intervals that end here
+  std::uint32_t lower_ends;  // intervals that begin here
+  std::uint32_t ceiling;     // ordered(largest upper end)
+};
+
+// One row on its way through the stages; decode clears it.
+struct RowState {
+  RowRequest request;
+  StageTimes times;
+  StateBound bound;
+  std::int32_t finite;
+  std::int32_t covered;       // the proof holds for this state
+  std::uint32_t top;          // ordered(largest lower end)
+  std::uint32_t best_noisy;   // ordered(largest lower end plus noise), kUnlimited only
+  std::uint32_t claimed;      // row 0: pieces of lm_head that blocks have claimed
+  std::uint32_t candidates;   // found so far; may pass kMaxCandidates
+  std::uint32_t edge;         // kTopK, kNucleus: bins below it are candidates
+  std::uint32_t blocks_done;  // kGreedy: of select
+  unsigned long long best;    // kGreedy: ordered(score) above the complement of the id
+  Bin bins[kBins];
+};
+
+struct ScoredToken {
+  float score;
+  std::int32_t id;
+};
+
+}  // namespace infemeral::cuda

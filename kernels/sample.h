@@ -1,0 +1,41 @@
+// Choosing tokens on the device, without sorting the vocabulary: engine/sampling.h and the
+// candidate policy of engine/certified_head.h.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include "kernels/head_types.h"
+#include "kernels/layout.h"
+#include "kernels/stage.h"
+
+namespace infemeral::cuda {
+
+struct Sample {
+  int n = 0;  // rows
+  int vocab_size = 0;
+  int stride = 0;
+  RowState* rows = nullptr;
+  const float* lower = nullptr;     // n x score_stride(V)
+  float* upper = nullptr;           // the same; choose_full: logits
+  const __half* lm_head = nullptr;  // V x stride; device memory or mapped host memory
+  const float* states = nullptr;    // n x stride
+  const std::uint32_t* seen = nullptr;
+  int seen_words = 0;
+  ScoredToken* candidates = nullptr;  // n x kMaxCandidates
+  RowResult* results = nullptr;       // mapped
+  std::int32_t* tokens = nullptr;     // n, on the device: for the next embedding
+  bool need_proof = false;            // choose_full: a state that is not covered is uncertain
+};
+
+// What must be known about all intervals before candidates can be told: bins for top-k and top-p,
+// the best noisy score for temperature alone. Nothing for greedy and min-p, which may leave it out.
+cudaError_t scan(const Stage& stage, const Sample& args);
+// Collects the candidates and rescores them in float16 with the full head's dot product. Ends
+// greedy rows.
+cudaError_t select(const Stage& stage, const Sample& args);
+// Filters and draw, and the result to the host: for rows that are not greedy.
+cudaError_t choose(const Stage& stage, const Sample& args);
+// The same when every token is a candidate: `upper` holds the logits, overwritten.
+cudaError_t choose_full(const Stage& stage, const Sample& args);
+
+}  // namespace infemeral::cuda

@@ -1,0 +1,62 @@
+// Hidden states in and out: engine/wire.h's formats on the device, and the embedding table.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "engine/wire.h"
+#include "kernels/head_types.h"
+#include "kernels/rotate.h"
+#include "kernels/stage.h"
+
+namespace infemeral::cuda {
+
+// Rows that came back from the body, from mapped host memory. Begins a token: copies the requests
+// and clears the rest of the row's state.
+struct Decode {
+  const std::byte* wire = nullptr;       // mapped; states rows
+  const RowRequest* requests = nullptr;  // mapped
+  const std::uint32_t* seen = nullptr;   // mapped; states x seen_words, for the repetition penalty
+  std::uint32_t* seen_copy = nullptr;    // the same on the device
+  int seen_words = 0;
+  WireDtype dtype = WireDtype::kF16;
+  int states = 0;
+  int hidden_size = 0;
+  int stride = 0;
+  float* out = nullptr;  // states x stride
+  Split split;           // the same as planes
+  RowState* rows = nullptr;
+};
+cudaError_t decode(const Stage& stage, const Decode& args);
+
+// Rows of the embedding table, as planes for a decode step or as they are for a prefill. Ids beyond
+// the table read row 0.
+struct Embed {
+  const std::int32_t* ids = nullptr;  // device or mapped
+  int rows = 0;
+  const __half* table = nullptr;  // vocab_size x stride
+  int vocab_size = 0;
+  int stride = 0;
+  Split split;                          // of up to kMaxRows rows
+  __half* out = nullptr;                // rows x stride, instead of split
+  unsigned long long* times = nullptr;  // two, mapped: when the lookup began and ended
+};
+cudaError_t embed(const Stage& stage, const Embed& args);
+
+// Rows on their way to the body, into mapped host memory.
+struct Encode {
+  const float* in = nullptr;  // rows x stride
+  int rows = 0;
+  int hidden_size = 0;
+  int stride = 0;
+  WireDtype dtype = WireDtype::kF16;
+  std::byte* wire = nullptr;                // mapped
+  std::uint32_t* done = nullptr;            // mapped; receives *sequence behind the last byte
+  const std::uint32_t* sequence = nullptr;  // device or mapped
+  std::uint32_t* finished = nullptr;        // device: blocks that are done; 0 between calls
+};
+cudaError_t encode(const Stage& stage, const Encode& args);
+
+}  // namespace infemeral::cuda
