@@ -99,13 +99,6 @@ void add_flags(CLI::App& app, RunOptions& o) {
   add_version(app);
 }
 
-// DIR is what engine_prep wrote: OUT/client and OUT/body; or OUT/client itself.
-std::filesystem::path client_folder(const std::filesystem::path& dir) {
-  std::error_code error;
-  if (std::filesystem::exists(dir / "client" / "engine.json", error)) return dir / "client";
-  return dir;
-}
-
 std::filesystem::path body_folder(const std::filesystem::path& client) {
   const auto absolute = std::filesystem::absolute(client).lexically_normal();
   return (absolute.has_filename() ? absolute.parent_path() : absolute.parent_path().parent_path()) /
