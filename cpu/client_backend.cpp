@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -13,7 +14,10 @@
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/dispatch.h"
+#include "cpu/subset_rows.h"
+#include "engine/subset_head.h"
 #include "engine/text.h"
+#include "engine/token_subset.h"
 
 namespace infemeral {
 namespace {
@@ -25,7 +29,9 @@ constexpr std::size_t kHeadRows = 16;
 
 class CpuClientBackend final : public ClientBackend {
  public:
-  CpuClientBackend(ClientFolder folder, const simd::Kernels& kernels, const CpuOptions& options)
+  // subset_ids: of the subset head, and empty for any other.
+  CpuClientBackend(ClientFolder folder, const simd::Kernels& kernels, const CpuOptions& options,
+                   std::vector<std::int32_t> subset_ids)
       : folder_(std::move(folder)),
         embed_tokens_(table(folder_.embed_tokens)),
         lm_head_(table(folder_.lm_head)),
@@ -35,7 +41,13 @@ class CpuClientBackend final : public ClientBackend {
         mode_(options.head),
         final_gain_(hidden_size()) {
     folder_.final_norm.read(0, final_gain_);
-    if (mode_ != HeadMode::kFull) int8_.emplace(lm_head_, kernels_, pool_);
+    if (mode_ == HeadMode::kCertified || mode_ == HeadMode::kInt8) {
+      int8_.emplace(lm_head_, kernels_, pool_);
+    }
+    if (mode_ == HeadMode::kSubset) {
+      subset_rows_.emplace(lm_head_, subset_ids);
+      subset_.emplace(std::move(subset_ids), vocab_size());
+    }
   }
 
   std::string_view name() const override { return name_; }
@@ -47,6 +59,7 @@ class CpuClientBackend final : public ClientBackend {
     use.weights_bytes = folder_.embed_tokens.data.size() + folder_.final_norm.data.size();
     if (lm_head_.data != embed_tokens_.data) use.weights_bytes += folder_.lm_head.data.size();
     if (int8_) use.weights_bytes += int8_->bytes();
+    if (subset_rows_) use.weights_bytes += subset_rows_->bytes();
     if (cloak_) use.cloak_bytes = cloak_->bytes();
     return use;
   }
@@ -74,7 +87,7 @@ class CpuClientBackend final : public ClientBackend {
     PhaseTimes times;
     return guarded([&] {
       absl::Status status = uncloak(row, dtype, 1, times);
-      if (status.ok()) multiply(lm_head_, state(0), 1, {logits.data(), vocab_size()});
+      if (status.ok()) mode_logits(logits);
       return status;
     });
   }
@@ -160,8 +173,17 @@ class CpuClientBackend final : public ClientBackend {
       if (!status.ok()) return status;
       const auto block = requests.subspan(begin, m);
       const auto chosen = tokens.subspan(begin, m);
-      mode_ == HeadMode::kCertified ? choose_certified(block, chosen, times)
-                                    : choose_from_logits(block, chosen, times);
+      switch (mode_) {
+        case HeadMode::kCertified:
+          choose_certified(block, chosen, times);
+          break;
+        case HeadMode::kSubset:
+          choose_subset(block, chosen, times);
+          break;
+        case HeadMode::kFull:
+        case HeadMode::kInt8:
+          choose_from_logits(block, chosen, times);
+      }
     }
     return absl::OkStatus();
   }
@@ -172,15 +194,7 @@ class CpuClientBackend final : public ClientBackend {
     const std::size_t m = requests.size();
     const Rows logits = vocab_rows(logits_, m);
     PhaseClock clock;
-    if (mode_ == HeadMode::kFull) {
-      multiply(lm_head_, state(0), m, logits);
-    } else {
-      int8_->load(state(0), m);
-      int8_->approximate(logits);
-      for (std::size_t i = 0; i < m; ++i) {
-        if (!int8_->covers(i)) multiply(lm_head_, state(i), 1, logits.from(i));
-      }
-    }
+    mode_ == HeadMode::kFull ? multiply(lm_head_, state(0), m, logits) : multiply_int8(m, logits);
     clock.lap(times.de_embed_ms);
     for (std::size_t i = 0; i < m; ++i) {
       tokens[i] = sampler_.sample({logits[i], vocab_size()}, requests[i]);
@@ -210,15 +224,63 @@ class CpuClientBackend final : public ClientBackend {
                                   rescore, counters_);
       }
       ++counters_.tokens;
-      if (!token) {
-        ++counters_.full_passes;
-        clock.lap(times.sample_ms);
-        multiply(lm_head_, state(i), 1, lower.from(i));
-        clock.lap(times.de_embed_ms);
-        token = sampler_.sample({lower[i], vocab_size()}, requests[i]);
-      }
-      tokens[i] = *token;
+      tokens[i] = token ? *token : choose_full(i, lower.from(i), requests[i], clock, times);
       clock.lap(times.sample_ms);
+    }
+  }
+
+  // From the subset's rows, where they give a confident answer.
+  void choose_subset(std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
+                     PhaseTimes& times) {
+    const std::size_t m = requests.size(), n = subset_->ids().size();
+    grow(subset_logits_, m * n);
+    const Rows logits{subset_logits_.data(), n};
+    PhaseClock clock;
+    multiply(subset_rows_->matrix(), state(0), m, logits);
+    clock.lap(times.de_embed_ms);
+    for (std::size_t i = 0; i < m; ++i) {
+      const std::optional<std::int32_t> token = subset_->sample({logits[i], n}, requests[i]);
+      ++counters_.tokens;
+      counters_.subset_hits += token.has_value();
+      tokens[i] =
+          token ? *token : choose_full(i, vocab_rows(logits_, 1), requests[i], clock, times);
+      clock.lap(times.sample_ms);
+    }
+  }
+
+  // What the other heads leave to the full one; `logits` is scratch for a row.
+  std::int32_t choose_full(std::size_t i, const Rows& logits, const SampleRequest& request,
+                           PhaseClock& clock, PhaseTimes& times) {
+    ++counters_.full_passes;
+    clock.lap(times.sample_ms);
+    multiply(lm_head_, state(i), 1, logits);
+    clock.lap(times.de_embed_ms);
+    return sampler_.sample({logits.data, vocab_size()}, request);
+  }
+
+  // The logits that the int8 product stands for; the full head's of states too odd for it.
+  void multiply_int8(std::size_t m, const Rows& logits) {
+    int8_->load(state(0), m);
+    int8_->approximate(logits);
+    for (std::size_t i = 0; i < m; ++i) {
+      if (!int8_->covers(i)) multiply(lm_head_, state(i), 1, logits.from(i));
+    }
+  }
+
+  // What ClientBackend::logits promises, for the state that uncloak() left.
+  void mode_logits(std::span<float> logits) {
+    const Rows row{logits.data(), vocab_size()};
+    if (mode_ == HeadMode::kInt8) return multiply_int8(1, row);
+    multiply(lm_head_, state(0), 1, row);
+    if (mode_ != HeadMode::kSubset) return;
+    subset_logits_.clear();  // the same bits as choose_subset's
+    for (std::int32_t id : subset_->ids()) {
+      subset_logits_.push_back(logits[static_cast<std::size_t>(id)]);
+    }
+    if (subset_confidence(subset_logits_, {}) < kSubsetConfidence) return;
+    std::fill(logits.begin(), logits.end(), -std::numeric_limits<float>::infinity());
+    for (std::size_t i = 0; i < subset_logits_.size(); ++i) {
+      logits[static_cast<std::size_t>(subset_->ids()[i])] = subset_logits_[i];
     }
   }
 
@@ -285,7 +347,9 @@ class CpuClientBackend final : public ClientBackend {
   ThreadPool pool_;
   std::string name_;
   const HeadMode mode_;
-  std::optional<Int8Head> int8_;      // unless the head is full
+  std::optional<Int8Head> int8_;           // of the certified and the int8 head
+  std::optional<SubsetRows> subset_rows_;  // of the subset head: n x H
+  std::optional<SubsetSampler> subset_;
   std::vector<float> final_gain_;     // H
   std::optional<CloakMatrix> cloak_;  // made on first use
   std::vector<float> plain_;          // rows x H
@@ -294,6 +358,7 @@ class CpuClientBackend final : public ClientBackend {
   std::vector<float> correction_;     // rows x H
   std::vector<float> logits_;         // rows x V; certified: the lower ends
   std::vector<float> upper_;          // rows x V
+  std::vector<float> subset_logits_;  // rows x n
   Sampler sampler_;
   CertifiedSampler certified_;
   HeadCounters counters_;
@@ -306,8 +371,16 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> make_cpu_client_backend(ClientFol
   const absl::StatusOr<const simd::Kernels*> kernels = simd::choose_kernels();
   if (!kernels.ok()) return kernels.status();
 
-  return guarded_or<std::unique_ptr<ClientBackend>>(
-      [&] { return std::make_unique<CpuClientBackend>(std::move(folder), **kernels, options); });
+  std::vector<std::int32_t> subset_ids;
+  if (options.head == HeadMode::kSubset) {
+    auto ids = load_token_subset(folder.manifest, folder.path);
+    if (!ids.ok()) return ids.status();
+    subset_ids = *std::move(ids);
+  }
+  return guarded_or<std::unique_ptr<ClientBackend>>([&] {
+    return std::make_unique<CpuClientBackend>(std::move(folder), **kernels, options,
+                                              std::move(subset_ids));
+  });
 }
 
 }  // namespace infemeral

@@ -16,9 +16,10 @@ struct CpuOptions {
   HeadMode head = HeadMode::kCertified;
 };
 
-// Takes over the folder, whose weights stay mapped. Unless the head is `full`, the int8 copy of
-// lm_head is made here, which reads all of it. The cloak's matrix is loaded or made on first
-// use and kept; its time counts as cloak or uncloak. Errors: those of simd::choose_kernels.
+// Takes over the folder, whose weights stay mapped. For the certified and the int8 head the int8
+// copy of lm_head is made here, which reads all of it; for the subset head a copy of the subset's
+// rows. The cloak's matrix is loaded or made on first use and kept; its time counts as cloak or
+// uncloak. Errors: those of simd::choose_kernels, and of load_token_subset for the subset head.
 absl::StatusOr<std::unique_ptr<ClientBackend>> make_cpu_client_backend(ClientFolder folder,
                                                                        const CpuOptions& options);
 

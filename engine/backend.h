@@ -26,7 +26,7 @@ class ClientBackend {
   virtual std::size_t hidden_size() const = 0;  // H
   virtual std::size_t vocab_size() const = 0;   // V
   virtual MemoryUse memory() const = 0;
-  // All 0 for a backend, or a head mode, that certifies nothing.
+  // All 0 for a backend, or a head mode, that neither certifies nor guesses.
   virtual HeadCounters head_counters() const { return {}; }
 
   // Rows E[id] * Q in the wire format: out holds ids.size() * wire_row_bytes(dtype, H) bytes.
@@ -43,7 +43,10 @@ class ClientBackend {
                                    std::span<const SampleRequest> requests,
                                    std::span<std::int32_t> tokens, PhaseTimes& times) = 0;
 
-  // The logits of one returned row, for tests and evaluation; logits holds V floats.
+  // The logits of one returned row that a token is sampled from, for tests and evaluation; logits
+  // holds V floats. Certified and full heads: those of the float16 product. Int8: what its product
+  // stands for. Subset: those of the float16 product, and minus infinity outside the subset where a
+  // greedy request without a repetition penalty is answered from the subset alone.
   virtual absl::Status logits(std::span<const std::byte> row, WireDtype dtype,
                               std::span<float> logits) = 0;
 };

@@ -64,12 +64,15 @@ std::string_view head_mode_name(HeadMode mode) {
       return "full";
     case HeadMode::kInt8:
       return "int8";
+    case HeadMode::kSubset:
+      return "subset";
   }
   return "unknown";
 }
 
 std::optional<HeadMode> parse_head_mode(std::string_view name) {
-  for (HeadMode mode : {HeadMode::kCertified, HeadMode::kFull, HeadMode::kInt8}) {
+  for (HeadMode mode :
+       {HeadMode::kCertified, HeadMode::kFull, HeadMode::kInt8, HeadMode::kSubset}) {
     if (name == head_mode_name(mode)) return mode;
   }
   return std::nullopt;

@@ -46,9 +46,11 @@ enum class HeadMode {
   kCertified,  // int8 product, then float16 rows as far as the proof needs them: the full head's
                // token
   kFull,       // the float16 product of every row
-  kInt8        // the int8 product alone: another model, by a little
+  kInt8,       // the int8 product alone: another model, by a little
+  kSubset      // the float16 product of the most frequent tokens' rows where it is confident, else
+               // of every row: engine/subset_head.h
 };
-std::string_view head_mode_name(HeadMode mode);  // "certified", "full", "int8"
+std::string_view head_mode_name(HeadMode mode);  // "certified", "full", "int8", "subset"
 std::optional<HeadMode> parse_head_mode(std::string_view name);
 
 // Writes q (row.size() values). For rows whose values are binary16 numbers. A row with a value that

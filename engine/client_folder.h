@@ -6,6 +6,8 @@
 //   cloak.key              the 32-byte seed, mode 0600
 //   cloak.safetensors      Q in f16 (eager mode only)
 //   tokenizer.json, tokenizer_config.json, generation_config.json    copied from the model
+//   subset.json            the tokens of the subset head, when --token-counts was given: see
+//                          engine/token_subset.h
 #pragma once
 
 #include <cstddef>

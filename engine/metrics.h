@@ -40,12 +40,13 @@ struct MemoryUse {
   std::size_t device_peak_bytes = 0;  // 0 on the CPU
 };
 
-// What the certified head did since its backend was made.
+// What the certified or the subset head did since its backend was made.
 struct HeadCounters {
-  std::uint64_t tokens = 0;         // chosen in certified mode
+  std::uint64_t tokens = 0;         // chosen in one of these modes
   std::uint64_t rows_rescored = 0;  // of lm_head, in float16; whole passes are not counted here
   std::uint64_t widenings = 0;      // times that top-p needed more rows than it had rescored
   std::uint64_t full_passes = 0;    // tokens for which the whole float16 head was run instead
+  std::uint64_t subset_hits = 0;    // tokens that the subset head was confident of
 };
 
 // What crossed a link since it was opened.

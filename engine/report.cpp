@@ -212,12 +212,14 @@ std::string ReportBuilder::json(const RunDescription& run, const LinkCounters& l
     return rounded(head.tokens > 0 ? static_cast<double>(count) / tokens : 0);
   };
   json["head"] = {{"mode", run.head},
-                  {"certified_tokens", head.tokens - head.full_passes},
+                  {"certified_tokens", head.tokens - head.full_passes - head.subset_hits},
                   {"rows_rescored", head.rows_rescored},
                   {"rows_rescored_per_token", a_token(head.rows_rescored)},
                   {"widenings", head.widenings},
                   {"full_passes", head.full_passes},
-                  {"full_passes_per_token", a_token(head.full_passes)}};
+                  {"full_passes_per_token", a_token(head.full_passes)},
+                  {"subset_hits", head.subset_hits},
+                  {"subset_hits_per_token", a_token(head.subset_hits)}};
   json["memory"] = {{"peak_rss_bytes", peak_rss_bytes()},
                     {"client_weights_bytes", client.weights_bytes},
                     {"cloak_bytes", client.cloak_bytes},

@@ -14,6 +14,8 @@
 
 #include "cpu/simd/dispatch.h"
 #include "engine/float16.h"
+#include "engine/subset_head.h"
+#include "engine/token_subset.h"
 #include "engine/wire.h"
 #include "tests/tiny_model.h"
 
@@ -59,13 +61,13 @@ class Client {
     if (sizes.cloak == CloakMode::kEager) {
       REQUIRE(cloak.save(path() / "cloak.safetensors", seed).ok());
     }
-    ClientManifest manifest{.model_type = "llama",
-                            .hidden_size = hidden,
-                            .vocab_size = vocab,
-                            .max_context = 64,
-                            .tied_embeddings = sizes.tied,
-                            .cloak_mode = sizes.cloak,
-                            .cloak_commitment = seed.commitment()};
+    manifest = {.model_type = "llama",
+                .hidden_size = hidden,
+                .vocab_size = vocab,
+                .max_context = 64,
+                .tied_embeddings = sizes.tied,
+                .cloak_mode = sizes.cloak,
+                .cloak_commitment = seed.commitment()};
     REQUIRE(save_client_manifest(manifest, path()).ok());
 
     std::normal_distribution<float> normal;
@@ -127,6 +129,7 @@ class Client {
     return x;
   }
 
+  ClientManifest manifest;
   std::size_t hidden, vocab;
   std::vector<std::uint16_t> embed, head, q;
   std::vector<float> gain;
@@ -319,6 +322,120 @@ TEST_CASE(
     const float best = *std::max_element(logits[i].begin(), logits[i].end());
     CHECK(logits[i][static_cast<std::size_t>(tokens[i])] > 0.8f * best);
   }
+}
+
+TEST_CASE("the subset head answers from the subset where it is confident, and counts") {
+  for (const simd::Kernels* kernels : simd::available_kernels()) {
+    const ScopedEnv env("INFEMERAL_ISA", kernels->name);
+    const Client client({.hidden = 70 + rng()() % 80, .vocab = 500, .tied = rng()() % 2 == 0});
+    std::vector<std::int32_t> ids;
+    for (std::int32_t id = 0; id < 500; ++id) {
+      if (rng()() % 4 == 0) ids.push_back(id);
+    }
+    REQUIRE(save_token_subset(ids, client.manifest, client.path()).ok());
+    const auto subset = client.load(0, HeadMode::kSubset), full = client.load(0, HeadMode::kFull);
+    const std::size_t rows = 100, row_bytes = wire_row_bytes(WireDtype::kF32, client.hidden);
+    const std::vector<std::int32_t> history = {1, 5, 7, ids[0], ids[1]};
+    std::vector<std::byte> bytes;
+    std::vector<SampleRequest> requests;
+    for (std::size_t i = 0; i < rows; ++i) {
+      std::vector<double> state = random_row(client.hidden);
+      for (double& x : state) x *= 0.1 * static_cast<double>(1 + i % 10);  // flat to peaked
+      const std::vector<std::byte> row = encode(WireDtype::kF32, state);
+      bytes.insert(bytes.end(), row.begin(), row.end());
+      SampleRequest request{.position = i, .history = history};
+      request.params.seed = rng()();
+      if (i % 2 != 0) request.params.temperature = 0.8f;
+      if (i % 3 == 1) request.params.top_p = 0.9f;
+      if (i % 5 == 2) request.params.repetition_penalty = 1.3f;
+      requests.push_back(request);
+    }
+    std::vector<std::int32_t> tokens(rows, -1);
+    PhaseTimes times;
+    REQUIRE(subset->next_tokens(bytes, WireDtype::kF32, requests, tokens, times).ok());
+    CHECK(times.de_embed_ms > 0);
+    CHECK(times.sample_ms > 0);
+
+    std::size_t hits = 0;
+    SubsetSampler subset_sampler(ids, client.vocab);
+    Sampler sampler;
+    for (std::size_t i = 0; i < rows; ++i) {
+      const auto row = std::span<const std::byte>(bytes).subspan(i * row_bytes, row_bytes);
+      std::vector<float> logits(client.vocab), of_subset;
+      REQUIRE(full->logits(row, WireDtype::kF32, logits).ok());
+      for (std::int32_t id : ids) of_subset.push_back(logits[static_cast<std::size_t>(id)]);
+      const bool confident = subset_confidence(of_subset, {}) >= kSubsetConfidence;
+
+      // The logits that a plain greedy request is answered from.
+      std::vector<float> mode_logits(client.vocab);
+      REQUIRE(subset->logits(row, WireDtype::kF32, mode_logits).ok());
+      for (std::size_t t = 0; t < client.vocab; ++t) {
+        const bool inside =
+            std::binary_search(ids.begin(), ids.end(), static_cast<std::int32_t>(t));
+        const float expected =
+            confident && !inside ? -std::numeric_limits<float>::infinity() : logits[t];
+        REQUIRE(mode_logits[t] == expected);
+      }
+
+      const auto guess = subset_sampler.sample(of_subset, requests[i]);
+      hits += guess.has_value();
+      REQUIRE(tokens[i] == (guess ? *guess : sampler.sample(logits, requests[i])));
+      std::int32_t alone = -1;
+      REQUIRE(client.load(0, HeadMode::kSubset)
+                  ->next_tokens(row, WireDtype::kF32, {&requests[i], 1}, {&alone, 1}, times)
+                  .ok());
+      REQUIRE(alone == tokens[i]);
+    }
+    const HeadCounters counters = subset->head_counters();
+    CHECK(counters.tokens == rows);
+    CHECK(counters.subset_hits == hits);
+    CHECK(counters.full_passes == rows - hits);
+    CHECK(counters.rows_rescored == 0);
+    CHECK(hits > 5);
+    CHECK(hits < rows - 5);
+    CHECK(subset->memory().weights_bytes ==
+          full->memory().weights_bytes + ids.size() * client.hidden * 2);
+  }
+}
+
+TEST_CASE("the subset head needs a subset of this model") {
+  const Client client({});
+  const auto status_of = [&] {
+    return make_cpu_client_backend(ClientFolder::open(client.path()).value(),
+                                   {.head = HeadMode::kSubset})
+        .status();
+  };
+  CHECK(absl::IsNotFound(status_of()));
+  const std::vector<std::int32_t> ids = {3};
+  ClientManifest other = client.manifest;
+  other.model_fingerprint[0] ^= 1;
+  REQUIRE(save_token_subset(ids, other, client.path()).ok());
+  CHECK(absl::IsFailedPrecondition(status_of()));
+  REQUIRE(save_token_subset(ids, client.manifest, client.path()).ok());
+  CHECK(status_of().ok());
+}
+
+TEST_CASE("the int8 head samples from the logits that it shows") {
+  const Client client({.hidden = 128, .vocab = 500});
+  const auto int8 = client.load(0, HeadMode::kInt8), full = client.load(0, HeadMode::kFull);
+  bool differs = false;
+  for (double scale : {1.0, 1e-25, 0.1}) {  // the second is none for the int8 product
+    std::vector<double> state = random_row(client.hidden);
+    for (double& x : state) x *= scale;
+    const std::vector<std::byte> row = encode(WireDtype::kF32, state);
+    std::vector<float> logits(client.vocab), exact(client.vocab);
+    REQUIRE(int8->logits(row, WireDtype::kF32, logits).ok());
+    REQUIRE(full->logits(row, WireDtype::kF32, exact).ok());
+    if (scale == 1e-25) CHECK(logits == exact);
+    differs = differs || logits != exact;
+    const SampleRequest request{.params = {.temperature = 1, .seed = rng()()}};
+    std::int32_t token = -1;
+    PhaseTimes times;
+    REQUIRE(int8->next_tokens(row, WireDtype::kF32, {&request, 1}, {&token, 1}, times).ok());
+    Sampler sampler;
+    CHECK(token == sampler.sample(logits, request));
+  }
+  CHECK(differs);
 }
 
 TEST_CASE("bad input is refused with the fitting code") {

@@ -79,6 +79,41 @@ run 0 engine_run -m prepared -p "same seed" -n 12 --temp 1 --seed 5 --quiet --he
 cmp -s out first || fail "the full head gives another text than the certified one"
 run 0 engine_run -m prepared -p "same seed" -n 12 --quiet --head int8
 run 0 engine_run -m prepared -p "hello" --chat -n 4 --quiet --wire i8
+
+# The subset head: counts made afterwards, or with the preparation; then it generates and says so.
+refused 2 'engine_prep --output prepared/client --token-counts' engine_run -m prepared -p x --head subset
+printf 'the text that is counted\n' >counted.txt
+run 0 "$tools/engine_prep" --output prepared --token-counts counted.txt --subset-size 40
+grep -q 'kept the 40 most frequent tokens: 100.00 % of the 25 in the text' err ||
+  fail "engine_prep does not say what was kept: $(cat err)"
+grep -q 'counted' err && fail "a text is in the log"
+run 0 engine_run -m prepared -p "same seed" -n 12 --temp 1 --seed 5 --repeat-penalty 1.2 --quiet \
+  --head subset --report subset_report.json
+python3 - <<'PY' || fail "the report of the subset head is not what it should be"
+import json
+head = json.load(open("subset_report.json"))["head"]
+assert head["mode"] == "subset" and head["certified_tokens"] == 0, head
+assert 1 <= head["subset_hits"] + head["full_passes"] <= 12, head
+PY
+refused 2 'token counts already.*--force' "$tools/engine_prep" --output prepared --token-counts counted.txt
+run 0 "$tools/engine_prep" --quiet --output prepared/client --token-counts counted.txt --force
+run 0 "$tools/engine_prep" --quiet --model model --output counted --token-counts counted.txt
+run 0 engine_run -m counted -p x -n 2 --quiet --head subset
+[ ! -e other/client/subset.json ] || fail "there are token counts that nobody asked for"
+run 0 "$tools/engine_prep" --quiet --model model --output counted --force
+refused 2 'token-counts' engine_run -m counted -p x --head subset
+: >empty_text.txt
+refused 2 'nothing to do' "$tools/engine_prep" --output counted
+refused 2 'missing.txt' "$tools/engine_prep" --model model --output unmade --token-counts missing.txt
+[ ! -e unmade ] || fail "a model was prepared though its text is missing"
+refused 2 'empty_text.txt: the text holds no token' "$tools/engine_prep" --output counted \
+  --token-counts empty_text.txt
+refused 2 'not a client folder' "$tools/engine_prep" --output nowhere --token-counts counted.txt
+refused 2 'subset-size' "$tools/engine_prep" --output counted --token-counts counted.txt --subset-size 0
+cut=$(head -c 60 prepared/client/subset.json)
+echo "$cut" >counted/client/subset.json
+refused 2 'subset.json.*not valid JSON' engine_run -m counted -p x --head subset
+
 run 0 engine_run --version
 grep -q '^engine_run [0-9]' out || fail "--version"
 

@@ -66,10 +66,19 @@ TEST_CASE("a report holds the run's numbers and nothing that is not finite") {
   CHECK(json["head"]["rows_rescored_per_token"] == Approx(7.5));
   CHECK(json["head"]["widenings"] == 2);
   CHECK(json["head"]["full_passes_per_token"] == Approx(0.25));
+  CHECK(json["head"]["subset_hits"] == 0);
   CHECK(json["memory"]["peak_rss_bytes"] > 0);
   CHECK(json["samples"].size() == 2);
   CHECK(json["samples"][0]["tokens_ms"][1]["body"] == Approx(7.5));
   CHECK(text.find("null") == std::string::npos);  // how JSON would show NaN
+
+  // Nothing that the subset head accepts is certified.
+  const HeadCounters subset{.tokens = 5, .full_passes = 2, .subset_hits = 3};
+  const auto guessed = nlohmann::json::parse(ReportBuilder().json(run, {}, {}, subset, 1, false));
+  CHECK(guessed["head"]["certified_tokens"] == 0);
+  CHECK(guessed["head"]["subset_hits"] == 3);
+  CHECK(guessed["head"]["subset_hits_per_token"] == Approx(0.6));
+  CHECK(guessed["head"]["full_passes_per_token"] == Approx(0.4));
 
   const std::string empty = ReportBuilder().json(run, {}, {}, {}, 0, false);
   CHECK(empty.find("null") == std::string::npos);

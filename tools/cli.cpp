@@ -38,4 +38,10 @@ std::optional<int> parse_command_line(CLI::App& app, int argc, char** argv) {
   }
 }
 
+std::filesystem::path client_folder(const std::filesystem::path& dir) {
+  std::error_code error;
+  if (std::filesystem::exists(dir / "client" / "engine.json", error)) return dir / "client";
+  return dir;
+}
+
 }  // namespace infemeral

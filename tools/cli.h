@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <filesystem>
 #include <optional>
 
 namespace infemeral {
@@ -21,5 +22,8 @@ void add_version(CLI::App& app);
 // An exit code when the program should end now: after --help or --version, or on bad usage (one
 // line on stderr that names the flag).
 std::optional<int> parse_command_line(CLI::App& app, int argc, char** argv);
+
+// The client folder that a user means by `dir`: OUT, as engine_prep wrote it, or OUT/client itself.
+std::filesystem::path client_folder(const std::filesystem::path& dir);
 
 }  // namespace infemeral

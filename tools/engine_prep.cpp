@@ -1,4 +1,5 @@
-// engine_prep: splits a Hugging Face model into a client folder and a rotated body.
+// engine_prep: splits a Hugging Face model into a client folder and a rotated body; counts tokens
+// for the subset head.
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <optional>
@@ -6,7 +7,10 @@
 
 #include "absl/strings/str_format.h"
 #include "cpu/prepare.h"
+#include "engine/json_file.h"
 #include "engine/text.h"
+#include "engine/text_generation.h"
+#include "engine/token_subset.h"
 #include "tools/cli.h"
 #include "tools/console.h"
 #include "tools/progress.h"
@@ -19,6 +23,8 @@ struct PrepOptions {
   std::string model;
   std::string output;
   std::string seed_file;
+  std::string token_counts;
+  std::size_t subset_size = 10000;
   std::string body_dtype = "f16";
   std::string cloak = "eager";
   int threads = 0;
@@ -27,20 +33,29 @@ struct PrepOptions {
 };
 
 void add_flags(CLI::App& app, PrepOptions& o) {
-  with_env(app.add_option("--model", o.model,
-                          "Hugging Face folder: config.json, safetensors, "
-                          "tokenizer.json"))
-      ->required();
+  auto* model = with_env(app.add_option(
+      "--model", o.model, "Hugging Face folder: config.json, safetensors, tokenizer.json"));
   with_env(app.add_option("--output", o.output, "Where client/ and body/ are written"))->required();
   with_env(app.add_option("--body-dtype", o.body_dtype, "What the body's weights are stored in"))
       ->check(CLI::IsMember({"f16", "bf16", "f32"}))
+      ->needs(model)
       ->capture_default_str();
   with_env(app.add_option("--seed-file", o.seed_file,
-                          "Key file of the cloak (32 bytes, mode 600); made afresh without it"));
+                          "Key file of the cloak (32 bytes, mode 600); made afresh without it"))
+      ->needs(model);
   with_env(app.add_option("--cloak", o.cloak,
                           "eager stores the matrix beside its key; lazy makes it again in every "
                           "run, which takes seconds for a hidden size of 4096"))
       ->check(CLI::IsMember({"eager", "lazy"}))
+      ->needs(model)
+      ->capture_default_str();
+  auto* counts = with_env(app.add_option(
+      "--token-counts", o.token_counts,
+      "Text like the one to be generated: its most frequent tokens are kept for engine_run --head "
+      "subset; without --model, in the client folder that --output has already"));
+  with_env(app.add_option("--subset-size", o.subset_size, "How many of them are kept"))
+      ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 31))
+      ->needs(counts)
       ->capture_default_str();
   with_env(app.add_option("-t,--threads", o.threads, "Threads; 0 is one a core"))
       ->check(CLI::Range(0, 1024))
@@ -50,8 +65,37 @@ void add_flags(CLI::App& app, PrepOptions& o) {
   add_version(app);
 }
 
-int prepare(const PrepOptions& o, const SignalStop& signals) {
-  const Console console({.quiet = o.quiet});
+constexpr std::size_t kMaxTextBytes = std::size_t{512} << 20;  // what Tokenizer::encode takes
+
+constexpr char kForceHint[] = " (--force replaces what engine_prep wrote)";
+
+// Counts the tokens of `text`, which came from --token-counts, into a client folder that is there.
+absl::Status keep_token_counts(const PrepOptions& o, std::string_view text, const LogSink& log) {
+  const std::filesystem::path folder = client_folder(o.output);
+  const auto manifest = load_client_manifest(folder);
+  if (!manifest.ok()) return manifest.status();
+  if (const auto present = load_token_subset(*manifest, folder).status();
+      !o.force && !absl::IsNotFound(present)) {
+    return absl::AlreadyExistsError(cat(folder.string(), " has token counts already", kForceHint));
+  }
+  const auto assets = TextAssets::load(folder);
+  if (!assets.ok()) return assets.status();
+  const auto subset = count_tokens(*assets->tokenizer, assets->defaults.end_tokens, text,
+                                   manifest->vocab_size, o.subset_size);
+  if (!subset.ok()) {
+    return absl::Status(subset.status().code(),
+                        to_absl(cat(o.token_counts, ": ", subset.status().message())));
+  }
+  if (auto status = save_token_subset(subset->ids, *manifest, folder); !status.ok()) return status;
+  log(LogLevel::kInfo,
+      absl::StrFormat(
+          "kept the %d most frequent tokens: %.2f %% of the %d in the text", subset->ids.size(),
+          100 * static_cast<double>(subset->covered) / static_cast<double>(subset->text_tokens),
+          subset->text_tokens));
+  return absl::OkStatus();
+}
+
+int prepare(const PrepOptions& o, const Console& console, const SignalStop& signals) {
   Progress progress(console.progress_enabled());
   std::optional<CloakSeed> seed;
   if (!o.seed_file.empty()) {
@@ -89,8 +133,7 @@ int prepare(const PrepOptions& o, const SignalStop& signals) {
   if (!result.ok()) {
     absl::Status status = result.status();
     if (absl::IsAlreadyExists(status)) {
-      status = absl::AlreadyExistsError(
-          cat(std::string(status.message()), " (--force replaces what engine_prep wrote)"));
+      status = absl::AlreadyExistsError(cat(status.message(), kForceHint));
     }
     console.error(status);
     return absl::IsCancelled(status) ? kExitInterrupted : kExitUsage;
@@ -105,6 +148,34 @@ int prepare(const PrepOptions& o, const SignalStop& signals) {
   return kExitOk;
 }
 
+int run(const PrepOptions& o, const SignalStop& signals) {
+  const Console console({.quiet = o.quiet});
+  if (o.model.empty() && o.token_counts.empty()) {
+    console.error(absl::InvalidArgumentError(
+        "nothing to do: give --model HF_DIR, or --token-counts TEXT_FILE for a client folder that "
+        "is there"));
+    return kExitUsage;
+  }
+  absl::StatusOr<std::string> text;
+  if (!o.token_counts.empty()) {  // before the slow part, which must not be done for nothing
+    text = read_text_file(o.token_counts, kMaxTextBytes);
+    if (!text.ok()) {
+      console.error(text.status());
+      return kExitUsage;
+    }
+  }
+  if (!o.model.empty()) {
+    if (int code = prepare(o, console, signals); code != kExitOk) return code;
+  }
+  if (!o.token_counts.empty()) {
+    if (auto status = keep_token_counts(o, *text, console.sink()); !status.ok()) {
+      console.error(status);
+      return kExitUsage;
+    }
+  }
+  return kExitOk;
+}
+
 }  // namespace
 }  // namespace infemeral
 
@@ -114,10 +185,10 @@ int main(int argc, char** argv) {
   PrepOptions options;
   CLI::App app(
       "Splits a model into a client folder, which stays with you, and a body whose weights are\n"
-      "rotated by a secret matrix.\n"
+      "rotated by a secret matrix; and counts tokens for the subset head, then or later.\n"
       "Every option can also be set by an environment variable: --output is INFEMERAL_OUTPUT.",
       "engine_prep");
   add_flags(app, options);
   if (auto code = parse_command_line(app, argc, argv)) return *code;
-  return prepare(options, signals);
+  return run(options, signals);
 }

@@ -89,7 +89,8 @@ void add_flags(CLI::App& app, RunOptions& o) {
       ->capture_default_str();
   option("--head", o.head,
          "certified: the full head's tokens from an int8 product and a proof; full: the float16 "
-         "product; int8: the int8 product without the proof")
+         "product; int8: the int8 product without the proof; subset: the most frequent tokens "
+         "where they seem enough, without proof (engine_prep --token-counts)")
       ->capture_default_str();
   option("--wire", o.wire, "Hidden states on the wire: f32, f16 or i8")->capture_default_str();
   flag("--profile", o.profile, "Print where a token's time goes; the report holds every token");
@@ -97,13 +98,6 @@ void add_flags(CLI::App& app, RunOptions& o) {
   flag("--quiet", o.quiet, "Errors only on stderr");
   flag("--check", o.check, "Connect, generate one token, print what was found, and end");
   add_version(app);
-}
-
-// DIR is what engine_prep wrote: OUT/client and OUT/body; or OUT/client itself.
-std::filesystem::path client_folder(const std::filesystem::path& dir) {
-  std::error_code error;
-  if (std::filesystem::exists(dir / "client" / "engine.json", error)) return dir / "client";
-  return dir;
 }
 
 std::filesystem::path body_folder(const std::filesystem::path& client) {
@@ -173,7 +167,7 @@ class Run {
     head_ = parse_head_mode(options_.head);
     if (!head_) {
       return fail(console_, kExitUsage,
-                  absl::InvalidArgumentError("--head must be certified, full or int8"));
+                  absl::InvalidArgumentError("--head must be certified, full, int8 or subset"));
     }
     if (!options_.input_file.empty()) {
       auto items = read_batch(options_.input_file);
