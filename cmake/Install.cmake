@@ -1,5 +1,6 @@
 # cmake --install: the libraries, their public headers, the programs and a package configuration, so
-# that find_package(infemeral CONFIG) gives infemeral::engine, infemeral::cpu and infemeral::net.
+# that find_package(infemeral CONFIG) gives infemeral::engine, infemeral::cpu, infemeral::net and, where
+# it was built, infemeral::cuda.
 include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/infemeral)
@@ -16,6 +17,9 @@ set(public_headers
   engine/tokenizer.h engine/version.h engine/wire.h
   cpu/body.h cpu/client_backend.h cpu/prepare.h
   net/body_server.h net/client_link.h net/identity.h net/noise.h net/secret.h)
+if(INFEMERAL_CUDA)
+  list(APPEND public_headers kernels/client_backend.h)
+endif()
 foreach(header ${public_headers})
   get_filename_component(folder ${header} DIRECTORY)
   install(FILES ${PROJECT_SOURCE_DIR}/${header}
@@ -24,7 +28,9 @@ endforeach()
 
 write_basic_package_version_file(${PROJECT_BINARY_DIR}/infemeralConfigVersion.cmake
                                  COMPATIBILITY SameMinorVersion)
-install(FILES ${PROJECT_SOURCE_DIR}/cmake/infemeralConfig.cmake
+configure_file(${PROJECT_SOURCE_DIR}/cmake/infemeralConfig.cmake.in
+               ${PROJECT_BINARY_DIR}/infemeralConfig.cmake @ONLY)
+install(FILES ${PROJECT_BINARY_DIR}/infemeralConfig.cmake
               ${PROJECT_SOURCE_DIR}/cmake/Dependencies.cmake
               ${PROJECT_BINARY_DIR}/infemeralConfigVersion.cmake
         DESTINATION ${package_dir})

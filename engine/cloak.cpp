@@ -180,6 +180,13 @@ Fingerprint CloakSeed::commitment() const {
   return result;
 }
 
+void cloak_gaussians(const CloakSeed& seed, std::span<double> out) {
+  std::array<std::uint8_t, 32> key;
+  keyed_hash(seed.bytes(), kMatrixDomain, key);
+  fill_gaussian(key, out);
+  sodium_memzero(key.data(), key.size());
+}
+
 absl::StatusOr<Cloak> Cloak::generate(const CloakSeed& seed, std::size_t hidden_size) {
   if (hidden_size == 0 || hidden_size > kMaxHiddenSize) {
     return absl::InvalidArgumentError(
@@ -187,12 +194,7 @@ absl::StatusOr<Cloak> Cloak::generate(const CloakSeed& seed, std::size_t hidden_
   }
   const std::size_t n = hidden_size;
   SecretDoubles q(n * n);  // column-major: the keystream fills column after column
-  {
-    std::array<std::uint8_t, 32> key;
-    keyed_hash(seed.bytes(), kMatrixDomain, key);
-    fill_gaussian(key, q.span());
-    sodium_memzero(key.data(), key.size());
-  }
+  cloak_gaussians(seed, q.span());
   orthogonal_factor(n, q.span());
   Cloak cloak;
   cloak.hidden_size_ = n;

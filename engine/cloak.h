@@ -73,4 +73,8 @@ class Cloak {
   std::vector<std::uint16_t> values_;
 };
 
+// The matrix whose orthogonal factor Cloak::generate takes: n * n independent standard Gaussians
+// from the seed, column by column. For devices that factor it themselves; wipe it after use.
+void cloak_gaussians(const CloakSeed& seed, std::span<double> out);
+
 }  // namespace infemeral

@@ -35,7 +35,13 @@ absl::StatusOr<void*> allocate(Place place, std::size_t bytes, DeviceUsage& usag
       (void)cudaGetLastError();  // running out of memory is no error of the device
       return cuda_status(error, cat("allocating ", bytes / 1000000, " MB"));
     }
-    INFEMERAL_CUDA(cudaMemset(data, 0, bytes));
+    // Kernels run on streams that do not wait for the one of cudaMemset.
+    cudaError_t cleared = cudaMemset(data, 0, bytes);
+    if (cleared == cudaSuccess) cleared = cudaStreamSynchronize(nullptr);
+    if (cleared != cudaSuccess) {
+      (void)cudaFree(data);
+      return cuda_status(cleared, "cudaMemset");
+    }
     usage.bytes += bytes;
     usage.peak = std::max(usage.peak, usage.bytes);
   } else {

@@ -460,19 +460,26 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
         fetch_rows();
         advance();
       }
+      // What follows, to the L2 cache: the memory must not stand still while states are rounded,
+      // here or in the kernel before.
+      const auto fetch_to_cache = [&] {
+        constexpr int kCached = 128 / (kRowBytes >> 10);
+        for (int i = 0; i < kCached && at.turn < own_pieces + Single && at.chunk + i < chunks &&
+                        at.piece < pieces;
+             ++i) {
+          const Chunk chunk = chunk_at(at.chunk + i, at.piece * kPieceTiles, tiles, p.stride);
+          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.copy + chunk.offset),
+                       "r"(kPieceTiles * chunk.blocks * kBlockBytes));
+        }
+      };
+      if constexpr (!Single) fetch_to_cache();
       wait_for_previous();
       asm volatile("fence.proxy.async;" ::: "memory");  // planes were written by ordinary stores
       may_claim = true;
       claimed = claim();
       if (at.turn >= own_pieces) at.piece = claimed, claimed = claim();
       for (int i = 0; i < early; ++i) fetch_planes(i, i % chunks);
-      // What follows, to the L2 cache: the line must not stand still while the state is rounded.
-      constexpr int kCached = 128 / (kRowBytes >> 10);
-      for (int i = 0; Single && i < kCached && at.chunk + i < chunks && at.piece < pieces; ++i) {
-        const Chunk chunk = chunk_at(at.chunk + i, at.piece * kPieceTiles, tiles, p.stride);
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.copy + chunk.offset),
-                     "r"(kPieceTiles * chunk.blocks * kBlockBytes));
-      }
+      if constexpr (Single) fetch_to_cache();
       while (at.piece < pieces) {
         barrier_wait(&empty[at.stage], at.parity ^ 1);
         fetch_rows();

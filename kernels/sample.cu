@@ -219,7 +219,9 @@ __device__ int nucleus_edge(const RowState& state, int limit, float* mass, float
       if (first && counts[e - 1] <= static_cast<std::uint32_t>(limit)) edge = e;
     }
     __syncthreads();
-    if (edge > 0) break;
+    const bool done = edge > 0;
+    __syncthreads();  // the next share may write it
+    if (done) break;
   }
   return edge;
 }
@@ -257,19 +259,20 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   wait_for_previous();
   RowState& state = p.rows[blockIdx.y];
   const float* upper = p.upper + blockIdx.y * score_stride(p.vocab_size);
-  const int slice = (p.vocab_size + gridDim.x - 1) / gridDim.x;
+  const int slice = ((p.vocab_size + gridDim.x - 1) / gridDim.x + 3) / 4 * 4;
   const int begin = blockIdx.x * slice, end = min(p.vocab_size, begin + slice);
-  constexpr int kAhead = 8;
-  float high[kAhead];
+  constexpr int kAhead = 4;
+  constexpr int kStep = 4 * kSelectThreads;
+  float4 high[kAhead];
   const auto load_upper = [&](int first) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int i = first + a * kSelectThreads;
-      high[a] = i < end ? upper[i] : -HUGE_VALF;
+      const int i = first + a * kStep;
+      if (i < end) high[a] = *reinterpret_cast<const float4*>(upper + i);
     }
   };
   // All that is needed at once, whether or not it will be used.
-  load_upper(begin + threadIdx.x);
+  load_upper(begin + 4 * threadIdx.x);
   load_states(p.states + static_cast<std::size_t>(blockIdx.y) * p.stride, 1, p.stride,
               shared_state);
   const bool leads = blockIdx.x == 0 && threadIdx.x == 0;
@@ -307,19 +310,26 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   if (leads) state.edge = edge;
 
   __syncthreads();
-  for (int first = begin + threadIdx.x; first < end;) {
+  const auto look = [&](int i, float score) {
+    if (request.selection == Selection::kUnlimited && score + kMostNoise >= threshold) {
+      score += gumbel_noise_near(request, i);
+    }
+    if (i < end && score >= threshold && (edge == kBins || bin_of(top, score) < edge)) {
+      const int c = atomicAdd(&found, 1);
+      if (c < kSliceCandidates) ids[c] = i;
+    }
+  };
+  for (int first = begin + 4 * threadIdx.x; first < end;) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int i = first + a * kSelectThreads;
-      if (request.selection == Selection::kUnlimited && high[a] + kMostNoise >= threshold) {
-        high[a] += gumbel_noise_near(request, i);
-      }
-      if (i < end && high[a] >= threshold && (edge == kBins || bin_of(top, high[a]) < edge)) {
-        const int c = atomicAdd(&found, 1);
-        if (c < kSliceCandidates) ids[c] = i;
-      }
+      const int i = first + a * kStep;
+      if (i >= end) break;
+      look(i, high[a].x);
+      look(i + 1, high[a].y);
+      look(i + 2, high[a].z);
+      look(i + 3, high[a].w);
     }
-    first += kAhead * kSelectThreads;
+    first += kAhead * kStep;
     load_upper(first);
   }
   __syncthreads();
@@ -492,6 +502,66 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
   return {from_ordered(prefix), before + last};
 }
 
+// What top-k and top-p keep: all scores from `floor` on.
+struct Filtered {
+  float floor = -HUGE_VALF;
+  unsigned long long total = 0;   // the probability of what top-k kept
+  unsigned long long inside = 0;  // and of what top-p kept of it
+};
+
+template <typename Items>
+__device__ Filtered filter_many(const Items& items, const RowRequest& request, float max) {
+  Filtered kept;
+  if (request.top_k > 0 && request.top_k < items.n) {
+    kept.floor = cut_at(items, kept.floor, max, request.top_k, [](float) { return 1ull; }).score;
+  }
+  if (request.top_p >= 1) return kept;
+  for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
+    const float score = items.score(i);
+    if (score >= kept.floor) kept.total += probability_mass(score, max);
+  }
+  kept.total = block_reduce(kept.total, 0ull, Sum());
+  const auto mass = [max](float score) { return probability_mass(score, max); };
+  const Cut cut =
+      cut_at(items, kept.floor, max, request.top_p * static_cast<double>(kept.total), mass);
+  kept.floor = cut.score;
+  kept.inside = cut.inside;
+  return kept;
+}
+
+// The same when every item can have a thread: each finds out what is larger than its own.
+constexpr unsigned kFew = 512;
+template <typename Items>
+__device__ Filtered filter_few(const Items& items, const RowRequest& request, float max) {
+  __shared__ float scores[kFew];
+  __shared__ unsigned long long masses[kFew];
+  const int n = items.n, own = threadIdx.x;
+  const bool exists = own < n && !isnan(items.score(own));
+  const float score = exists ? items.score(own) : -HUGE_VALF;
+  if (own < n) {
+    scores[own] = score;
+    masses[own] = exists ? probability_mass(score, max) : 0;
+  }
+  __syncthreads();
+  int larger = 0;
+  unsigned long long larger_mass = 0, until_mass = 0;
+  for (int i = 0; i < n && exists; ++i) {
+    const unsigned long long mass = masses[i];
+    larger += scores[i] > score;
+    larger_mass += scores[i] > score ? mass : 0;
+    until_mass += scores[i] >= score ? mass : 0;
+  }
+  Filtered kept;
+  bool in = exists && (request.top_k <= 0 || larger < request.top_k);
+  if (request.top_p < 1) {
+    kept.total = block_reduce(in ? masses[own] : 0ull, 0ull, Sum());
+    in = in && static_cast<double>(larger_mass) < request.top_p * static_cast<double>(kept.total);
+    kept.inside = block_reduce(in ? until_mass : 0ull, 0ull, Max());
+  }
+  kept.floor = -block_reduce(in ? -score : -HUGE_VALF, -HUGE_VALF, Max());
+  return kept;
+}
+
 // What is known about the tokens that are not among the candidates (engine/sampling.h's Rest).
 struct Rest {
   float ceiling = -HUGE_VALF;
@@ -551,27 +621,14 @@ __device__ int choose_from(const Items& items, const RowState& state, bool with_
 
   float floor = -HUGE_VALF;
   if (!greedy && isfinite(max)) {
-    if (request.top_k > 0 && request.top_k < items.n) {
-      floor = cut_at(items, floor, max, request.top_k, [](float) { return 1ull; }).score;
+    const Filtered kept = items.n <= static_cast<int>(kFew) ? filter_few(items, request, max)
+                                                            : filter_many(items, request, max);
+    if (with_rest && request.top_p < 1) {
+      const Rest rest = rest_beyond(state, max);
+      const double enough = request.top_p * static_cast<double>(kept.total + rest.mass);
+      if (kept.floor <= rest.ceiling || static_cast<double>(kept.inside) < enough) return -1;
     }
-    if (request.top_p < 1) {
-      unsigned long long total = 0;
-      for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
-        const float score = items.score(i);
-        if (score >= floor) total += probability_mass(score, max);
-      }
-      total = block_reduce(total, 0ull, Sum());
-      const double top_p = request.top_p;
-      const auto mass = [max](float score) { return probability_mass(score, max); };
-      const Cut cut = cut_at(items, floor, max, top_p * static_cast<double>(total), mass);
-      if (with_rest) {
-        const Rest rest = rest_beyond(state, max);
-        const double enough = top_p * static_cast<double>(total + rest.mass);
-        if (cut.score <= rest.ceiling || static_cast<double>(cut.inside) < enough) return -1;
-      }
-      floor = cut.score;
-    }
-    floor = fmaxf(floor, max + logf(request.min_p));  // ln 0 is minus infinity
+    floor = fmaxf(kept.floor, max + logf(request.min_p));  // ln 0 is minus infinity
   }
 
   Choice best = {0, -1};

@@ -76,8 +76,11 @@ class Lab {
     std::printf("{\"what\":\"read_bandwidth\",\"tb_per_s\":%.4f}\n", bandwidth_);
   }
 
-  // Median over cold runs of what `enqueue` puts on the stream, replayed as a graph.
-  double time(const std::function<void()>& enqueue) {
+  // Median over cold runs of what `enqueue` puts on the stream, replayed as a graph; `before` runs
+  // ahead of each and is not timed.
+  double time(
+      const std::function<void()>& enqueue, const std::function<void()>& before = [] {}) {
+    before();
     enqueue();
     check(cudaGetLastError(), "launch");
     cuda::Graph graph = value(cuda::record(stage, [&] {
@@ -86,6 +89,7 @@ class Lab {
     }));
     std::vector<float> times;
     for (int i = 0; i < repetitions_ + 3; ++i) {
+      before();
       // By reading: written lines would have to go back to memory first, in the time that counts.
       check(bench::read_all(stage.stream, flush_.data(), flush_.size(), stage.multiprocessors,
                             sink_.data()),
@@ -276,6 +280,11 @@ class Head {
     select();
     if (!greedy) choose();
   }
+  void greedy_from_device() {
+    uncloak();
+    int8_head();
+    select();
+  }
   void full() {
     decode();
     uncloak();
@@ -357,39 +366,40 @@ class Head {
     const std::string shape =
         rows_ > 1 ? cat(vocab_, "x", hidden_, "/", rows_) : cat(vocab_, "x", hidden_);
     const double q = 2.0 * hidden_ * stride_, int8 = 1.0 * vocab_ * stride_, f16 = 2 * int8;
-    const auto time = [&](const char* what, double bytes, const std::function<void()>& enqueue) {
-      const double us = lab_.time(enqueue);
+    const auto time = [&](
+                          const char* what, double bytes, const std::function<void()>& enqueue,
+                          const std::function<void()>& before = [] {}) {
+      const double us = lab_.time(enqueue, before);
       lab_.report(shape, what, us, bytes);
     };
+    const auto prepare = [&] { decode(); };
     time("decode", 0, [&] { decode(); });
-    time("uncloak", q, [&] { uncloak(); });
-    time("int8_head", int8, [&] {
-      check(cudaMemsetAsync(&row_states_.data()->claimed, 0, sizeof(std::uint32_t),
-                            lab_.stage.stream),
-            "memset");  // what decode does
-      int8_head();
-    });
+    time(
+        "uncloak", q, [&] { uncloak(); }, prepare);
+    time(
+        "int8_head", int8, [&] { int8_head(); }, prepare);
     time("reading the int8 copy", int8, [&] {
       check(bench::read_all(lab_.stage.stream, copy_.data(), copy_.size(),
                             lab_.stage.multiprocessors, lab_.sink()),
             "read");
     });
     sample({});
-    time("certified greedy", q + int8, [&] { certified(true, false); });
-    print_stages();
-    sample({.temperature = 0.7f, .top_k = 50, .top_p = 0.9f});
-    time("certified top-k 50 top-p 0.9", q + int8, [&] { certified(false, true); });
-    print_stages();
-    sample({.temperature = 1});
-    time("certified temperature 1", q + int8, [&] { certified(false, true); });
-    print_stages();
-    sample({.temperature = 0.7f, .min_p = 0.05f});
-    time("certified min-p 0.05", q + int8, [&] { certified(false, false); });
-    print_stages();
-    sample({.temperature = 0.7f, .top_p = 0.9f});
-    time("certified top-p 0.9", q + int8, [&] { certified(false, true); });
-    print_stages();
+    // From a row in the wire format in host memory to a token there.
+    const auto certified_way = [&](const char* what, const SamplingParams& params, bool scans) {
+      sample(params);
+      time(what, q + int8, [&] { certified(params.greedy(), scans); });
+      print_stages();
+    };
+    certified_way("certified greedy", {}, false);
+    certified_way("certified top-k 50 top-p 0.9", {.temperature = 0.7f, .top_k = 50, .top_p = 0.9f},
+                  true);
+    certified_way("certified temperature 1", {.temperature = 1}, true);
+    certified_way("certified min-p 0.05", {.temperature = 0.7f, .min_p = 0.05f}, false);
+    certified_way("certified top-p 0.9", {.temperature = 0.7f, .top_p = 0.9f}, true);
+    // What the peers do: from a row on the device.
     sample({});
+    time(
+        "certified greedy, row on device", q + int8, [&] { greedy_from_device(); }, prepare);
     time("full product (float16)", f16, [&] { full_product(); });
     time("full greedy", q + f16, [&] { full(); });
     print_stages();

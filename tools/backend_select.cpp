@@ -2,19 +2,41 @@
 
 #include "cpu/client_backend.h"
 #include "engine/text.h"
+#ifdef INFEMERAL_HAVE_CUDA
+#include "kernels/client_backend.h"
+#endif
 
 namespace infemeral {
 
 absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
                                                             const BackendOptions& options,
                                                             const LogSink& log) {
-  if (options.name == "cuda") {
-    return absl::UnimplementedError("this build has no CUDA backend; use --backend cpu");
-  }
-  if (options.name != "auto" && options.name != "cpu") {
+  if (options.name != "auto" && options.name != "cpu" && options.name != "cuda") {
     return absl::InvalidArgumentError(
         cat("there is no backend ", quote_name(options.name), "; choose auto, cpu or cuda"));
   }
+#ifdef INFEMERAL_HAVE_CUDA
+  if (options.name != "cpu") {
+    const std::filesystem::path path = folder.path;
+    auto cuda = make_cuda_client_backend(std::move(folder), {.head = options.head}, log);
+    if (cuda.ok() || options.name == "cuda") {
+      if (cuda.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*cuda)->name()));
+      return cuda;
+    }
+    // What the CPU would say too is not worth a second try.
+    if (cuda.status().code() == absl::StatusCode::kNotFound) return cuda;
+    const bool no_gpu = cuda.status().code() == absl::StatusCode::kUnavailable;
+    log_to(log, no_gpu ? LogLevel::kInfo : LogLevel::kWarning,
+           cat("running on the CPU: ", std::string(cuda.status().message())));
+    auto again = ClientFolder::open(path);
+    if (!again.ok()) return again.status();
+    folder = *std::move(again);
+  }
+#else
+  if (options.name == "cuda") {
+    return absl::UnimplementedError("this build has no CUDA backend; use --backend cpu");
+  }
+#endif
   auto backend = make_cpu_client_backend(std::move(folder),
                                          {.threads = options.threads, .head = options.head});
   if (backend.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*backend)->name()));
