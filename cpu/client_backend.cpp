@@ -15,6 +15,7 @@
 #include "cpu/parallel.h"
 #include "cpu/simd/dispatch.h"
 #include "cpu/subset_rows.h"
+#include "engine/cloak_noise.h"
 #include "engine/subset_head.h"
 #include "engine/text.h"
 #include "engine/token_subset.h"
@@ -39,6 +40,7 @@ class CpuClientBackend final : public ClientBackend {
         pool_(options.threads),
         name_(cat("cpu (", kernels.name, ")")),
         mode_(options.head),
+        noise_(options.cloak_noise),
         final_gain_(hidden_size()) {
     folder_.final_norm.read(0, final_gain_);
     if (mode_ == HeadMode::kCertified || mode_ == HeadMode::kInt8) {
@@ -147,6 +149,7 @@ class CpuClientBackend final : public ClientBackend {
       if (absl::Status status = ensure_cloak(); !status.ok()) return status;
       multiply(cloak_->transposed(), plain, m, cloaked);
       for (std::size_t i = 0; i < m; ++i) {
+        noise_.add({cloaked[i], hidden_size()});
         encode_wire_row(dtype, {cloaked[i], hidden_size()}, out.data() + (begin + i) * row_bytes);
       }
       clock.lap(times.cloak_ms);
@@ -347,6 +350,7 @@ class CpuClientBackend final : public ClientBackend {
   ThreadPool pool_;
   std::string name_;
   const HeadMode mode_;
+  CloakNoise noise_;
   std::optional<Int8Head> int8_;           // of the certified and the int8 head
   std::optional<SubsetRows> subset_rows_;  // of the subset head: n x H
   std::optional<SubsetSampler> subset_;

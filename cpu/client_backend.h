@@ -14,6 +14,7 @@ namespace infemeral {
 struct CpuOptions {
   int threads = 0;  // 0: physical cores
   HeadMode head = HeadMode::kCertified;
+  float cloak_noise = 0;  // engine/cloak_noise.h; 0: off
 };
 
 // Takes over the folder, whose weights stay mapped. For the certified and the int8 head the int8

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/cloak_noise.h"
 #include "engine/subset_head.h"
 #include "engine/text.h"
 #include "engine/token_subset.h"
@@ -50,9 +51,10 @@ struct GraphKey {
 
 class CudaClientBackend final : public ClientBackend {
  public:
-  static absl::StatusOr<std::unique_ptr<ClientBackend>> make(ClientFolder& folder, HeadMode head,
+  static absl::StatusOr<std::unique_ptr<ClientBackend>> make(ClientFolder& folder,
+                                                             const CudaOptions& options,
                                                              CudaMemory memory) {
-    std::unique_ptr<CudaClientBackend> backend(new CudaClientBackend(head));
+    std::unique_ptr<CudaClientBackend> backend(new CudaClientBackend(options));
     INFEMERAL_RETURN(backend->load(folder, memory));
     return backend;
   }
@@ -94,7 +96,8 @@ class CudaClientBackend final : public ClientBackend {
   }
 
  private:
-  explicit CudaClientBackend(HeadMode mode) : mode_(mode) {}
+  explicit CudaClientBackend(const CudaOptions& options)
+      : mode_(options.head), noise_(options.cloak_noise) {}
 
   // An error of the device is final: what lies on it is not to be trusted any more.
   template <typename Body>
@@ -268,6 +271,15 @@ class CudaClientBackend final : public ClientBackend {
 
   absl::Status enqueue_encode(int n, WireDtype dtype, std::byte* wire, std::uint32_t* done,
                               const std::uint32_t* sequence) {
+    if (noise_ > 0) {
+      INFEMERAL_CUDA(add_noise(device_.stage, {.rows = embedded_.data(),
+                                               .n = n,
+                                               .hidden_size = static_cast<int>(hidden_),
+                                               .stride = static_cast<int>(stride_),
+                                               .level = noise_,
+                                               .key = noise_key_,
+                                               .sequence = sequence}));
+    }
     INFEMERAL_CUDA(encode(device_.stage, {.in = embedded_.data(),
                                           .rows = n,
                                           .hidden_size = static_cast<int>(hidden_),
@@ -739,6 +751,8 @@ class CudaClientBackend final : public ClientBackend {
   };
 
   const HeadMode mode_;
+  const float noise_;
+  const std::uint64_t noise_key_ = random_noise_key();
   DeviceUsage usage_;  // before everything that reports to it
   Device device_;
   std::string name_;
@@ -793,7 +807,7 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> make_cuda_client_backend(ClientFo
                                                                         const LogSink& log) {
   const CudaMemory first =
       options.memory == CudaMemory::kSplit ? CudaMemory::kSplit : CudaMemory::kFull;
-  auto backend = CudaClientBackend::make(folder, options.head, first);
+  auto backend = CudaClientBackend::make(folder, options, first);
   if (backend.ok() || options.memory != CudaMemory::kAuto ||
       backend.status().code() != absl::StatusCode::kResourceExhausted) {
     return backend;
@@ -801,7 +815,7 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> make_cuda_client_backend(ClientFo
   log_to(log, LogLevel::kWarning,
          cat("the GPU cannot hold all weights (", std::string(backend.status().message()),
              "); float16 rows stay in host memory"));
-  return CudaClientBackend::make(folder, options.head, CudaMemory::kSplit);
+  return CudaClientBackend::make(folder, options, CudaMemory::kSplit);
 }
 
 }  // namespace infemeral

@@ -28,6 +28,7 @@ enum class CudaMemory {
 struct CudaOptions {
   HeadMode head = HeadMode::kCertified;
   CudaMemory memory = CudaMemory::kAuto;
+  float cloak_noise = 0;  // engine/cloak_noise.h; 0: off
 };
 
 // Takes over the folder; its weights are copied and need not stay mapped. The current device of the

@@ -1,5 +1,7 @@
 #include "kernels/wire.h"
 
+#include <curand_kernel.h>
+
 #include "kernels/common.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/split.cuh"
@@ -185,6 +187,25 @@ __global__ void __launch_bounds__(kRowThreads) embed_kernel(Embed p) {
   if (leads && p.times != nullptr) p.times[1] = global_ns();
 }
 
+// One block a row.
+__global__ void __launch_bounds__(kRowThreads) noise_kernel(AddNoise p) {
+  let_next_start();
+  wait_for_previous();
+  float* row = p.rows + static_cast<std::size_t>(blockIdx.x) * p.stride;
+  float squares = 0;
+  for (int i = threadIdx.x; i < p.hidden_size; i += blockDim.x) squares += row[i] * row[i];
+  squares = block_reduce(squares, 0.0f, Sum());
+  const float scale = p.level * sqrtf(squares / p.hidden_size);
+  for (int i = threadIdx.x * 4; i < p.hidden_size; i += blockDim.x * 4) {
+    const uint4 words = curand_Philox4x32_10(
+        make_uint4(i / 4, 0, *p.sequence, blockIdx.x),
+        make_uint2(static_cast<unsigned>(p.key), static_cast<unsigned>(p.key >> 32)));
+    const float2 a = _curand_box_muller(words.x, words.y), b = _curand_box_muller(words.z, words.w);
+    const float noise[4] = {a.x, a.y, b.x, b.y};
+    for (int j = 0; j < 4 && i + j < p.hidden_size; ++j) row[i + j] += scale * noise[j];
+  }
+}
+
 // One warp takes one block of the i8 format.
 __device__ void encode_i8(const float* in, int cols, std::byte* row) {
   const int size = static_cast<int>(kI8Block);
@@ -255,6 +276,10 @@ cudaError_t decode(const Stage& stage, const Decode& args) {
 cudaError_t embed(const Stage& stage, const Embed& args) {
   return launch(stage, {dim3(args.rows), dim3(args.out == nullptr ? kRowThreads : 128)},
                 embed_kernel, args);
+}
+
+cudaError_t add_noise(const Stage& stage, const AddNoise& args) {
+  return launch(stage, {dim3(args.n), dim3(kRowThreads)}, noise_kernel, args);
 }
 
 cudaError_t encode(const Stage& stage, const Encode& args) {

@@ -45,6 +45,18 @@ struct Embed {
 };
 cudaError_t embed(const Stage& stage, const Embed& args);
 
+// rows[i] += level * rms * Gaussians of cuRAND's Philox; engine/cloak_noise.h.
+struct AddNoise {
+  float* rows = nullptr;  // n x stride
+  int n = 0;
+  int hidden_size = 0;
+  int stride = 0;
+  float level = 0;
+  std::uint64_t key = 0;
+  const std::uint32_t* sequence = nullptr;  // device or mapped: never the same twice
+};
+cudaError_t add_noise(const Stage& stage, const AddNoise& args);
+
 // Rows on their way to the body, into mapped host memory.
 struct Encode {
   const float* in = nullptr;  // rows x stride

@@ -11,7 +11,7 @@ and once for the GPU: the read and the copy bandwidth that it really reaches.
 
 Times are medians in milliseconds. gpu_ms lies between two CUDA events around the call, wall_ms
 between two readings of the clock around the call and a synchronise; each has its own repetitions.
-The L2 is overwritten before every repetition, outside the measured time. Where a call waits for the
+The L2 is filled with other data before every repetition, outside the measured time. Where a call waits for the
 device in the middle (a copy to the host, .item()), gpu_ms includes that wait.
 
 JSON goes to stdout or --output, a table to stderr. --device cpu is for trying the script only.
@@ -42,7 +42,7 @@ except ImportError:
 DEFAULT_SHAPES = ("128256x4096", "49152x576", "32000x4096", "151936x5120")
 TEMPERATURE, TOP_P = 0.7, 0.9  # the original's defaults
 WARM_UPS = 5
-# At least this much is written to flush the L2. More than twice any L2, so that the GPU is still
+# At least this much is read to flush the L2. More than twice any L2, so that the GPU is still
 # busy with it while the host queues the measured call: launch latency is then not part of gpu_ms.
 FLUSH_BYTES = 512 << 20
 READ_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
@@ -59,10 +59,12 @@ class Bench:
         if self.is_cuda:
             properties = torch.cuda.get_device_properties(0)
             n_bytes = max(2 * getattr(properties, "L2_cache_size", 0), FLUSH_BYTES)
-        self.flush_buffer = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+        self.flush_buffer = torch.zeros(n_bytes // 4, dtype=torch.int32, device=device)
 
     def flush(self) -> None:
-        self.flush_buffer.zero_()
+        # By reading, as kernels_bench does: written lines would have to go back to memory first, in the
+        # time that counts.
+        self.flush_buffer.sum()
 
     def synchronize(self) -> None:
         if self.is_cuda:
@@ -145,8 +147,7 @@ def triton_reads(source: torch.Tensor, n_processors: int) -> dict:
 
 
 def measure_bandwidth(bench: Bench) -> dict:
-    """No flush here: the buffer is many times the L2, and a flush leaves dirty lines, whose way
-    back to memory would count as missing bandwidth."""
+    """No flush here: the buffer is many times the L2."""
     n_bytes = READ_BYTES[bench.device]
     # Small numbers, so that partial sums are exact.
     source = torch.randint(0, 256, (n_bytes // 4,), dtype=torch.int32, device=bench.device)
@@ -475,7 +476,7 @@ def measure_all(args: argparse.Namespace) -> dict:
     report = {"schema": "infemeral-gpu-peers", "schema_version": 1,
               "environment": environment(bench),
               "repetitions": args.repetitions,
-              "l2_flush": f"{bench.flush_buffer.numel()} bytes written before each repetition",
+              "l2_flush": f"{4 * bench.flush_buffer.numel()} bytes read before each repetition",
               # First, so that the clocks are up when the rest begins.
               "read_bandwidth": measure_bandwidth(bench)}
     models = [Model(*shape, args.device) for shape in args.shapes]

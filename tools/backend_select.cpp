@@ -18,7 +18,8 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
 #ifdef INFEMERAL_HAVE_CUDA
   if (options.name != "cpu") {
     const std::filesystem::path path = folder.path;
-    auto cuda = make_cuda_client_backend(std::move(folder), {.head = options.head}, log);
+    auto cuda = make_cuda_client_backend(
+        std::move(folder), {.head = options.head, .cloak_noise = options.cloak_noise}, log);
     if (cuda.ok() || options.name == "cuda") {
       if (cuda.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*cuda)->name()));
       return cuda;
@@ -37,8 +38,9 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
     return absl::UnimplementedError("this build has no CUDA backend; use --backend cpu");
   }
 #endif
-  auto backend = make_cpu_client_backend(std::move(folder),
-                                         {.threads = options.threads, .head = options.head});
+  auto backend = make_cpu_client_backend(
+      std::move(folder),
+      {.threads = options.threads, .head = options.head, .cloak_noise = options.cloak_noise});
   if (backend.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*backend)->name()));
   return backend;
 }

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <optional>
 
+#include "engine/cloak_noise.h"
 #include "engine/json_file.h"
 #include "engine/metrics.h"
 #include "engine/pipeline.h"
@@ -45,6 +46,7 @@ struct RunOptions {
   bool ignore_end_tokens = false;
   bool chat = false;
   std::string backend = "auto";
+  float cloak_noise = 0;
   int threads = 0;
   std::string head = "certified";
   std::string wire = "f16";
@@ -91,6 +93,10 @@ void add_flags(CLI::App& app, RunOptions& o) {
          "certified: the full head's tokens from an int8 product and a proof; full: the float16 "
          "product; int8: the int8 product without the proof; subset: the most frequent tokens "
          "where they seem enough, without proof (engine_prep --token-counts)")
+      ->capture_default_str();
+  option("--cloak-noise", o.cloak_noise,
+         "Add Gaussian noise of this share of a cloaked row's size; costs accuracy, hides little")
+      ->check(CLI::Range(0.0f, kMaxCloakNoise))
       ->capture_default_str();
   option("--wire", o.wire, "Hidden states on the wire: f32, f16 or i8")->capture_default_str();
   flag("--profile", o.profile, "Print where a token's time goes; the report holds every token");
@@ -193,9 +199,12 @@ class Run {
     assets_ = *std::move(assets);
 
     const ClientManifest manifest = folder->manifest;
-    auto backend = open_backend(
-        *std::move(folder), {.name = options_.backend, .threads = options_.threads, .head = *head_},
-        console_.sink());
+    auto backend = open_backend(*std::move(folder),
+                                {.name = options_.backend,
+                                 .threads = options_.threads,
+                                 .head = *head_,
+                                 .cloak_noise = options_.cloak_noise},
+                                console_.sink());
     if (!backend.ok()) return fail(console_, kExitUsage, backend.status());
     backend_ = *std::move(backend);
 
