@@ -78,6 +78,14 @@ absl::StatusOr<Device> open_device() {
   }
   Device device;
   INFEMERAL_CUDA(cudaGetDevice(&device.index));
+  // What an earlier kernel of this process broke stays broken until the context is made anew. Nothing
+  // that still lies in it can be used.
+  if (cudaDeviceSynchronize() != cudaSuccess) {
+    INFEMERAL_CUDA(cudaDeviceReset());
+    (void)cudaGetLastError();
+    INFEMERAL_CUDA(cudaSetDevice(device.index));
+    INFEMERAL_CUDA(cudaDeviceSynchronize());
+  }
   cudaDeviceProp properties;
   INFEMERAL_CUDA(cudaGetDeviceProperties(&properties, device.index));
   if (properties.major * 10 + properties.minor < 75) {

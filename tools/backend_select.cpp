@@ -15,11 +15,21 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
     return absl::InvalidArgumentError(
         cat("there is no backend ", quote_name(options.name), "; choose auto, cpu or cuda"));
   }
+  if (options.gpu_memory != "auto" && options.gpu_memory != "full" &&
+      options.gpu_memory != "split") {
+    return absl::InvalidArgumentError(cat("there is no GPU memory mode ",
+                                          quote_name(options.gpu_memory),
+                                          "; choose auto, full or split"));
+  }
 #ifdef INFEMERAL_HAVE_CUDA
   if (options.name != "cpu") {
     const std::filesystem::path path = folder.path;
+    const CudaMemory memory = options.gpu_memory == "full"    ? CudaMemory::kFull
+                              : options.gpu_memory == "split" ? CudaMemory::kSplit
+                                                              : CudaMemory::kAuto;
     auto cuda = make_cuda_client_backend(
-        std::move(folder), {.head = options.head, .cloak_noise = options.cloak_noise}, log);
+        std::move(folder),
+        {.head = options.head, .memory = memory, .cloak_noise = options.cloak_noise}, log);
     if (cuda.ok() || options.name == "cuda") {
       if (cuda.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*cuda)->name()));
       return cuda;

@@ -16,7 +16,8 @@ struct BackendOptions {
   std::string name = "auto";  // "auto", "cpu" or "cuda"
   int threads = 0;            // of the CPU backend; 0: one for each physical core
   HeadMode head = HeadMode::kCertified;
-  float cloak_noise = 0;  // engine/cloak_noise.h
+  float cloak_noise = 0;            // engine/cloak_noise.h
+  std::string gpu_memory = "auto";  // "auto", "full" or "split": kernels/client_backend.h
 };
 
 // InvalidArgument for a name that does not exist; Unimplemented for one that this build lacks.

@@ -47,6 +47,7 @@ struct RunOptions {
   bool chat = false;
   std::string backend = "auto";
   float cloak_noise = 0;
+  std::string gpu_memory = "auto";
   int threads = 0;
   std::string head = "certified";
   std::string wire = "f16";
@@ -86,6 +87,9 @@ void add_flags(CLI::App& app, RunOptions& o) {
   flag("--ignore-eos", o.ignore_end_tokens, "Go on after the model's end token");
   flag("--chat", o.chat, "Prompts are user messages: apply the model's chat template");
   option("--backend", o.backend, "auto, cpu or cuda")->capture_default_str();
+  option("--gpu-memory", o.gpu_memory,
+         "Float16 weights on the GPU (full) or in host memory (split); auto: full where it fits")
+      ->capture_default_str();
   option("-t,--threads", o.threads, "Threads; 0 is one for each physical core")
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -203,7 +207,8 @@ class Run {
                                 {.name = options_.backend,
                                  .threads = options_.threads,
                                  .head = *head_,
-                                 .cloak_noise = options_.cloak_noise},
+                                 .cloak_noise = options_.cloak_noise,
+                                 .gpu_memory = options_.gpu_memory},
                                 console_.sink());
     if (!backend.ok()) return fail(console_, kExitUsage, backend.status());
     backend_ = *std::move(backend);
