@@ -19,8 +19,7 @@ absl::Status cuda_status(cudaError_t error, std::string_view what) {
     case cudaErrorSystemDriverMismatch:
     case cudaErrorSystemNotReady:
     case cudaErrorDevicesUnavailable:
-      return absl::UnavailableError(
-          cat("there is no usable GPU (", cudaGetErrorString(error), "); use --backend cpu"));
+      return absl::UnavailableError(cat("there is no usable GPU: ", cudaGetErrorString(error)));
     default:
       return absl::InternalError(
           cat("the GPU failed (", text, "); open the engine again, or use --backend cpu"));
@@ -91,7 +90,7 @@ absl::StatusOr<Device> open_device() {
   if (properties.major * 10 + properties.minor < 75) {
     return absl::UnavailableError(cat("the GPU ", properties.name, " has compute capability ",
                                       properties.major, ".", properties.minor,
-                                      " and 7.5 is needed; use --backend cpu"));
+                                      " and 7.5 is needed"));
   }
   device.name = properties.name;
   cudaStream_t stream = nullptr;

@@ -5,6 +5,8 @@ set -uo pipefail
 tools=$1 make_tiny_model=$2
 
 for name in "${!INFEMERAL_@}"; do [ "$name" = INFEMERAL_ISA ] || unset "$name"; done
+# The programs are the same on every backend; on `auto` one without a GPU says so in a line of its own.
+export INFEMERAL_BACKEND=cpu
 work=$(mktemp -d)
 server=
 trap '[ -z "$server" ] || kill -9 "$server" 2>/dev/null; rm -rf "$work"' EXIT
@@ -42,6 +44,10 @@ run 0 engine_run -m prepared -p "hello" -n 8 --quiet
 [ -s out ] || fail "no text on stdout"
 [ ! -s err ] || fail "--quiet is not quiet: $(cat err)"
 cp out first
+run 0 engine_run -m prepared -p "hello" -n 8 --backend auto
+[ "$(grep -cv '^info: running on the CPU: there is no usable GPU' err)" = 0 ] && [ "$(wc -l <err)" -le 1 ] ||
+  fail "--backend auto says more than that there is no GPU: $(cat err)"
+cmp -s out first || fail "another backend gives another text"
 run 0 engine_run -m prepared/client -p "hello" -n 8 --quiet
 cmp -s out first || fail "the client folder gives another text than the folder above it"
 run 0 env INFEMERAL_MODEL=prepared INFEMERAL_MAX_TOKENS=8 INFEMERAL_QUIET=1 "$tools/engine_run" -p hello
@@ -150,6 +156,8 @@ refused 2 'client' engine_run -m prepared/body -p x
 refused 2 '--wire' engine_run -m prepared -p x --wire f64
 refused 2 '--head' engine_run -m prepared -p x --head best
 refused 2 'backend' engine_run -m prepared -p x --backend tpu
+refused 2 'GPU memory mode' engine_run -m prepared -p x --gpu-memory some
+refused 2 'cloak-noise' engine_run -m prepared -p x --cloak-noise 2
 refused 2 'max-tokens' engine_run -m prepared -p x -n many
 refused 2 '--no-such-flag' engine_run -m prepared -p x --no-such-flag
 refused 2 'missing.txt' engine_run -m prepared -f missing.txt

@@ -30,15 +30,21 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
     auto cuda = make_cuda_client_backend(
         std::move(folder),
         {.head = options.head, .memory = memory, .cloak_noise = options.cloak_noise}, log);
-    if (cuda.ok() || options.name == "cuda") {
-      if (cuda.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*cuda)->name()));
+    if (cuda.ok()) {
+      log_to(log, LogLevel::kDebug, cat("backend: ", (*cuda)->name()));
       return cuda;
     }
+    const absl::Status& failed = cuda.status();
     // What the CPU would say too is not worth a second try.
-    if (cuda.status().code() == absl::StatusCode::kNotFound) return cuda;
-    const bool no_gpu = cuda.status().code() == absl::StatusCode::kUnavailable;
-    log_to(log, no_gpu ? LogLevel::kInfo : LogLevel::kWarning,
-           cat("running on the CPU: ", std::string(cuda.status().message())));
+    if (options.name == "cuda" || failed.code() == absl::StatusCode::kNotFound) {
+      return failed.code() == absl::StatusCode::kUnavailable
+                 ? absl::UnavailableError(
+                       cat(std::string(failed.message()), "; use --backend cpu"))
+                 : failed;
+    }
+    log_to(log,
+           failed.code() == absl::StatusCode::kUnavailable ? LogLevel::kInfo : LogLevel::kWarning,
+           cat("running on the CPU: ", std::string(failed.message())));
     auto again = ClientFolder::open(path);
     if (!again.ok()) return again.status();
     folder = *std::move(again);
