@@ -70,6 +70,12 @@ void deallocate(Place place, void* data, std::size_t bytes, DeviceUsage& usage) 
 }
 
 absl::StatusOr<Device> open_device() {
+  // What an earlier kernel of this process broke stays broken until the context is made anew.
+  // Nothing that still lies in it can be used.
+  if (const cudaError_t left = cudaDeviceSynchronize(); left != cudaSuccess) {
+    (void)cudaDeviceReset();
+    (void)cudaGetLastError();
+  }
   int count = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess || count == 0) {
     (void)cudaGetLastError();
@@ -77,14 +83,6 @@ absl::StatusOr<Device> open_device() {
   }
   Device device;
   INFEMERAL_CUDA(cudaGetDevice(&device.index));
-  // What an earlier kernel of this process broke stays broken until the context is made anew. Nothing
-  // that still lies in it can be used.
-  if (cudaDeviceSynchronize() != cudaSuccess) {
-    INFEMERAL_CUDA(cudaDeviceReset());
-    (void)cudaGetLastError();
-    INFEMERAL_CUDA(cudaSetDevice(device.index));
-    INFEMERAL_CUDA(cudaDeviceSynchronize());
-  }
   cudaDeviceProp properties;
   INFEMERAL_CUDA(cudaGetDeviceProperties(&properties, device.index));
   if (properties.major * 10 + properties.minor < 75) {

@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, Groups == 1 ? 2 : 1) rotate_ker
         prefetch_l2(bytes + at);
       }
     }
+    let_next_start();  // its first loads come behind all of these
   }
   wait_for_previous();
   if (p.started != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.started = global_ns();
@@ -154,10 +155,8 @@ __global__ void __launch_bounds__(kWarps* kWarp, Groups == 1 ? 2 : 1) rotate_ker
       }
     }
     load(block + Ahead);
-    // The next kernel's first loads come behind this one's last.
-    if (block + 2 * Ahead >= end) let_next_start();
   }
-  let_next_start();  // should this warp have had nothing to do
+  if constexpr (Groups > 1) let_next_start();  // whose loads would hold these up
 
   // Warps are added in their order; high and low plane of a state lie side by side.
   __shared__ float partial[kWarps][Tiles][Groups][2][kWarp];

@@ -13,7 +13,7 @@ namespace {
 constexpr int kScanThreads = 512;
 constexpr int kSelectThreads = 256;
 constexpr int kSliceCandidates = 1024;  // that one block of select can take
-constexpr int kChooseThreads = 512;
+constexpr int kChooseThreads = 1024;
 constexpr int kChooseFullThreads = 1024;
 
 // --- noise ---
@@ -209,13 +209,23 @@ __device__ int nucleus_edge(const RowState& state, int limit, float* mass, float
   running_sums(counts);
   running_sums(mass);
   running_sums(least);
-  const float total = least[kBins - 1];
-  constexpr float kShares[] = {0x1p-16f, 0x1p-13f, 0x1p-9f, 0x1p-6f};
-  for (float share : kShares) {
+  // Where the nucleus ends by what is certain: the token there has about this probability. What
+  // lies beyond the band moves the cut when it is not small beside that.
+  __shared__ float at_cut;
+  if (threadIdx.x == 0) at_cut = 0;
+  __syncthreads();
+  const float enough = state.request.top_p * least[kBins - 1];
+  for (int b = threadIdx.x; b < kBins; b += blockDim.x) {
+    if (least[b] >= enough && (b == 0 || least[b - 1] < enough)) {
+      at_cut = expf(-static_cast<float>(b + 1) / kBinsPerNat);
+    }
+  }
+  __syncthreads();
+  for (float share = at_cut / 16; share <= at_cut; share *= 4) {
     // The least e in [1, kBins - 1] with no more than the share in bins e and beyond.
     for (int e = 1 + threadIdx.x; e < kBins; e += blockDim.x) {
       const float beyond = mass[kBins - 1 - e], with_one_more = mass[kBins - e];
-      const bool first = beyond <= share * total && (e == 1 || with_one_more > share * total);
+      const bool first = beyond <= share && (e == 1 || with_one_more > share);
       if (first && counts[e - 1] <= static_cast<std::uint32_t>(limit)) edge = e;
     }
     __syncthreads();
@@ -374,17 +384,35 @@ __device__ unsigned long long probability_mass(float score, float max) {
   return static_cast<unsigned long long>(exp(static_cast<double>(score) - max) * 0x1p40);
 }
 
-struct Candidates {  // those that select left
+// Items to choose from: score, probability_mass below their maximum, id.
+struct Candidates {  // those that select left; the first kCached with scores and masses at hand
+  static constexpr int kCached = 4096;
   const ScoredToken* items;
   int n;
-  __device__ float score(int i) const { return items[i].score; }
+  const float* scores;
+  unsigned long long* masses;
+  float max;
+  __device__ float score(int i) const { return i < kCached ? scores[i] : items[i].score; }
   __device__ int id(int i) const { return items[i].id; }
+  __device__ unsigned long long mass(int i) const {
+    return i < kCached ? masses[i] : probability_mass(items[i].score, max);
+  }
+  __device__ void know_max(float largest) {
+    max = largest;
+    for (int i = threadIdx.x; i < min(n, kCached); i += blockDim.x) {
+      masses[i] = probability_mass(scores[i], max);
+    }
+    __syncthreads();
+  }
 };
 struct Everything {  // all tokens
   const float* scores;
   int n;
+  float max;
   __device__ float score(int i) const { return scores[i]; }
   __device__ int id(int i) const { return i; }
+  __device__ unsigned long long mass(int i) const { return probability_mass(scores[i], max); }
+  __device__ void know_max(float largest) { max = largest; }
 };
 
 struct Cut {
@@ -445,7 +473,7 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
         if (digit != depth || (shift < 24 && (key ^ prefix) >> (shift + 8) != 0)) continue;
         digit = 255 - static_cast<int>(key >> shift & 255);  // the largest come first
       }
-      const unsigned long long w = weight(score);
+      const unsigned long long w = weight(i);
       for (int part = 0; part < kParts; ++part) {
         const auto bits =
             static_cast<std::uint32_t>(w >> (part * kPartBits)) & ((1u << kPartBits) - 1);
@@ -479,7 +507,7 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
       const int at = atomicAdd(&n_listed, 1);
       if (at >= kListed) continue;
       listed[at] = score;
-      listed_weight[at] = weight(score);
+      listed_weight[at] = weight(i);
     }
     __syncthreads();
     if (n_listed > kListed) continue;  // bit by bit
@@ -513,12 +541,12 @@ template <typename Items>
 __device__ Filtered filter_many(const Items& items, const RowRequest& request, float max) {
   Filtered kept;
   if (request.top_k > 0 && request.top_k < items.n) {
-    kept.floor = cut_at(items, kept.floor, max, request.top_k, [](float) { return 1ull; }).score;
+    kept.floor = cut_at(items, kept.floor, max, request.top_k, [](int) { return 1ull; }).score;
   }
   if (request.top_p >= 1) return kept;
   for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
     const float score = items.score(i);
-    if (score >= kept.floor) kept.total += probability_mass(score, max);
+    if (score >= kept.floor) kept.total += items.mass(i);
   }
   kept.total = block_reduce(kept.total, 0ull, Sum());
   const auto mass = [max](float score) { return probability_mass(score, max); };
@@ -532,7 +560,7 @@ __device__ Filtered filter_many(const Items& items, const RowRequest& request, f
 // The same when every item can have a thread: each finds out what is larger than its own.
 constexpr unsigned kFew = 512;
 template <typename Items>
-__device__ Filtered filter_few(const Items& items, const RowRequest& request, float max) {
+__device__ Filtered filter_few(const Items& items, const RowRequest& request) {
   __shared__ float scores[kFew];
   __shared__ unsigned long long masses[kFew];
   const int n = items.n, own = threadIdx.x;
@@ -540,7 +568,7 @@ __device__ Filtered filter_few(const Items& items, const RowRequest& request, fl
   const float score = exists ? items.score(own) : -HUGE_VALF;
   if (own < n) {
     scores[own] = score;
-    masses[own] = exists ? probability_mass(score, max) : 0;
+    masses[own] = exists ? items.mass(own) : 0;
   }
   __syncthreads();
   int larger = 0;
@@ -612,7 +640,7 @@ __device__ Choice best_in_block(Choice choice) {
 
 // The token, or -1 when the rest could change it. Called by the whole block.
 template <typename Items>
-__device__ int choose_from(const Items& items, const RowState& state, bool with_rest) {
+__device__ int choose_from(Items items, const RowState& state, bool with_rest) {
   const RowRequest& request = state.request;
   const bool greedy = request.selection == Selection::kGreedy;
   float max = -HUGE_VALF;
@@ -620,9 +648,12 @@ __device__ int choose_from(const Items& items, const RowState& state, bool with_
   max = block_reduce(max, -HUGE_VALF, Max());
 
   float floor = -HUGE_VALF;
+  const bool filters = request.top_k > 0 || request.top_p < 1;
   if (!greedy && isfinite(max)) {
-    const Filtered kept = items.n <= static_cast<int>(kFew) ? filter_few(items, request, max)
-                                                            : filter_many(items, request, max);
+    if (filters) items.know_max(max);
+    const Filtered kept = !filters                            ? Filtered{}
+                          : items.n <= static_cast<int>(kFew) ? filter_few(items, request)
+                                                              : filter_many(items, request, max);
     if (with_rest && request.top_p < 1) {
       const Rest rest = rest_beyond(state, max);
       const double enough = request.top_p * static_cast<double>(kept.total + rest.mass);
@@ -646,6 +677,8 @@ __device__ int choose_from(const Items& items, const RowState& state, bool with_
 
 // One block a row.
 __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
+  extern __shared__ unsigned long long masses[];
+  float* scores = reinterpret_cast<float*>(masses + Candidates::kCached);
   let_next_start();
   wait_for_previous();
   const RowState& state = p.rows[blockIdx.x];
@@ -653,8 +686,12 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
   const int n = static_cast<int>(state.candidates);
   int token = -1;
   if (state.finite && state.covered && n > 0 && n <= candidate_limit(p.vocab_size)) {
-    const Candidates items = {p.candidates + static_cast<std::size_t>(blockIdx.x) * kMaxCandidates,
-                              n};
+    const ScoredToken* own = p.candidates + static_cast<std::size_t>(blockIdx.x) * kMaxCandidates;
+    for (int i = threadIdx.x; i < min(n, Candidates::kCached); i += blockDim.x) {
+      scores[i] = own[i].score;
+    }
+    __syncthreads();
+    const Candidates items = {own, n, scores, masses, 0};
     token = choose_from(items, state, state.request.selection == Selection::kNucleus);
   }
   if (threadIdx.x != 0) return;
@@ -673,7 +710,7 @@ __global__ void __launch_bounds__(kChooseFullThreads) choose_full_kernel(Sample 
   const Scorer score(state.request, p.seen + static_cast<std::size_t>(blockIdx.x) * p.seen_words);
   for (int i = threadIdx.x; i < p.vocab_size; i += blockDim.x) scores[i] = score(scores[i], i);
   __syncthreads();
-  const int token = choose_from(Everything{scores, p.vocab_size}, state, false);
+  const int token = choose_from(Everything{scores, p.vocab_size, 0}, state, false);
   if (threadIdx.x != 0) return;
   const bool proven = state.covered || !p.need_proof;
   finish(p, blockIdx.x, token,
@@ -712,7 +749,12 @@ cudaError_t select(const Stage& stage, const Sample& args) {
 }
 
 cudaError_t choose(const Stage& stage, const Sample& args) {
-  return launch(stage, {dim3(args.n), dim3(kChooseThreads)}, choose_kernel, args);
+  constexpr std::size_t kSharedBytes =
+      Candidates::kCached * (sizeof(unsigned long long) + sizeof(float));
+  const cudaError_t error = cudaFuncSetAttribute(
+      choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
+  if (error != cudaSuccess) return error;
+  return launch(stage, {dim3(args.n), dim3(kChooseThreads), kSharedBytes}, choose_kernel, args);
 }
 
 cudaError_t choose_full(const Stage& stage, const Sample& args) {
