@@ -1,0 +1,10 @@
+# Tests of the CUDA backend. They need a GPU to run; without one they say that they were skipped.
+if(NOT INFEMERAL_CUDA)
+  return()
+endif()
+
+target_link_libraries(backend_parity_test PRIVATE infemeral::cuda)
+target_compile_definitions(backend_parity_test PRIVATE INFEMERAL_HAVE_CUDA)
+add_test(NAME backend_parity_cuda COMMAND backend_parity_test "*- Cuda")
+
+set_tests_properties(backend_parity_cuda PROPERTIES SKIP_REGULAR_EXPRESSION "skipped:")
