@@ -7,4 +7,6 @@ target_link_libraries(backend_parity_test PRIVATE infemeral::cuda)
 target_compile_definitions(backend_parity_test PRIVATE INFEMERAL_HAVE_CUDA)
 add_test(NAME backend_parity_cuda COMMAND backend_parity_test "*- Cuda")
 
-set_tests_properties(backend_parity_cuda PROPERTIES SKIP_REGULAR_EXPRESSION "skipped:")
+infemeral_test(cuda_head infemeral::cuda)
+
+set_tests_properties(backend_parity_cuda cuda_head PROPERTIES SKIP_REGULAR_EXPRESSION "skipped:")
