@@ -70,11 +70,18 @@ void deallocate(Place place, void* data, std::size_t bytes, DeviceUsage& usage) 
 }
 
 absl::StatusOr<Device> open_device() {
-  // What an earlier kernel of this process broke stays broken until the context is made anew.
-  // Nothing that still lies in it can be used.
-  if (const cudaError_t left = cudaDeviceSynchronize(); left != cudaSuccess) {
+  // What an earlier kernel of this process broke stays broken until the context is made anew, and
+  // by some errors until the process is.
+  if (cudaDeviceSynchronize() != cudaSuccess) {
     (void)cudaDeviceReset();
     (void)cudaGetLastError();
+    const cudaError_t still = cudaDeviceSynchronize();
+    if (still != cudaSuccess && still != cudaErrorNoDevice &&
+        still != cudaErrorInsufficientDriver) {
+      return absl::UnavailableError(cat("the GPU failed in this process (",
+                                        cudaGetErrorString(still),
+                                        ") and can be used again by a new one"));
+    }
   }
   int count = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess || count == 0) {

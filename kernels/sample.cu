@@ -13,7 +13,7 @@ namespace {
 constexpr int kScanThreads = 512;
 constexpr int kSelectThreads = 256;
 constexpr int kSliceCandidates = 1024;  // that one block of select can take
-constexpr int kChooseThreads = 1024;
+constexpr int kChooseThreads = 512;
 constexpr int kChooseFullThreads = 1024;
 
 // --- noise ---
@@ -549,7 +549,7 @@ __device__ Filtered filter_many(const Items& items, const RowRequest& request, f
     if (score >= kept.floor) kept.total += items.mass(i);
   }
   kept.total = block_reduce(kept.total, 0ull, Sum());
-  const auto mass = [max](float score) { return probability_mass(score, max); };
+  const auto mass = [&](int i) { return items.mass(i); };
   const Cut cut =
       cut_at(items, kept.floor, max, request.top_p * static_cast<double>(kept.total), mass);
   kept.floor = cut.score;
