@@ -45,10 +45,11 @@ __device__ inline void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
-// An order of floats by whole numbers, for atomic maxima: larger float, larger number. NaN is last.
+// An order of floats by whole numbers, for atomic maxima: larger float, larger number. NaN is last; the
+// two zeros are equal, as everywhere else.
 __device__ inline std::uint32_t ordered(float x) {
   if (isnan(x)) return 0;
-  const auto bits = __float_as_uint(x);
+  const auto bits = __float_as_uint(x + 0.0f);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 __device__ inline float from_ordered(std::uint32_t key) {
