@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace infemeral::cuda {
+#include "kernels/block.cuh"
 
-inline constexpr int kWarp = 32;
+namespace infemeral::cuda {
 
 // Programmatic dependent launch (compute capability 9.0): a kernel may start while the one before
 // it still runs. It first does what depends on weights alone, then waits here: behind this line
@@ -43,53 +43,6 @@ __device__ inline uint4 load_streaming(const void* p) {
 }
 __device__ inline void prefetch_l2(const void* p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
-
-// An order of floats by whole numbers, for atomic maxima: larger float, larger number. NaN is last; the
-// two zeros are equal, as everywhere else.
-__device__ inline std::uint32_t ordered(float x) {
-  if (isnan(x)) return 0;
-  const auto bits = __float_as_uint(x + 0.0f);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-__device__ inline float from_ordered(std::uint32_t key) {
-  return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-}
-
-struct Sum {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
-  }
-};
-struct Max {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a > b ? a : b;
-  }
-};
-
-// In every lane, in an order that depends on nothing.
-template <typename T, typename Op>
-__device__ T warp_reduce(T value, Op op) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value = op(value, __shfl_xor_sync(0xffffffffu, value, offset));
-  }
-  return value;
-}
-
-// In every thread of a block of whole warps. `identity` is op's neutral element.
-template <typename T, typename Op>
-__device__ T block_reduce(T value, T identity, Op op) {
-  __shared__ T partial[kWarp];
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  value = warp_reduce(value, op);
-  __syncthreads();  // an earlier call may still read `partial`
-  if (lane == 0) partial[warp] = value;
-  __syncthreads();
-  const int warps = blockDim.x / kWarp;
-  return warp_reduce(lane < warps ? partial[lane] : identity, op);
 }
 
 }  // namespace infemeral::cuda

@@ -1,0 +1,247 @@
+// Top-k and top-p over the items of one row, by one block, without sorting them:
+// engine/sampling.h's filters. Tests compile this for the host too (tests/emulated_block.h).
+#pragma once
+
+#include "kernels/block.cuh"
+#include "kernels/head_types.h"
+
+namespace infemeral::cuda {
+
+// values[b] becomes the sum of values[0 .. b], for 256 values, the first a thread. For whole blocks
+// of at least 256 threads.
+inline constexpr int kSummed = 256;
+static_assert(kBins <= kSummed);
+template <typename T>
+__device__ void running_sums(T* values) {
+  constexpr int kWarps = kSummed / kWarp;
+  __shared__ T totals[kWarps];
+  const int i = threadIdx.x, lane = i % kWarp;
+  T sum = 0;
+  if (i < kSummed) {
+    sum = values[i];
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const T before = __shfl_up_sync(0xffffffffu, sum, offset);
+      if (lane >= offset) sum += before;
+    }
+    if (lane == kWarp - 1) totals[i / kWarp] = sum;
+  }
+  __syncthreads();
+  if (i < kSummed) {
+    for (int w = 0; w < i / kWarp; ++w) sum += totals[w];
+    values[i] = sum;
+  }
+  __syncthreads();
+}
+
+// exp(score - max) in units of 2^-40, as engine/sampling.h defines it.
+__device__ unsigned long long probability_mass(float score, float max) {
+  return static_cast<unsigned long long>(exp(static_cast<double>(score) - max) * 0x1p40);
+}
+
+// Items to choose from: score, probability_mass below their maximum, id.
+struct Candidates {  // those that select left; the first kCached with scores and masses at hand
+  static constexpr int kCached = 4096;
+  const ScoredToken* items;
+  int n;
+  const float* scores;
+  unsigned long long* masses;
+  float max;
+  __device__ float score(int i) const { return i < kCached ? scores[i] : items[i].score; }
+  __device__ int id(int i) const { return items[i].id; }
+  __device__ unsigned long long mass(int i) const {
+    return i < kCached ? masses[i] : probability_mass(items[i].score, max);
+  }
+  __device__ void know_max(float largest) {
+    max = largest;
+    for (int i = threadIdx.x; i < min(n, kCached); i += blockDim.x) {
+      masses[i] = probability_mass(scores[i], max);
+    }
+    __syncthreads();
+  }
+};
+struct Everything {  // all tokens
+  const float* scores;
+  int n;
+  float max;
+  __device__ float score(int i) const { return scores[i]; }
+  __device__ int id(int i) const { return i; }
+  __device__ unsigned long long mass(int i) const { return probability_mass(scores[i], max); }
+  __device__ void know_max(float largest) { max = largest; }
+};
+
+struct Cut {
+  float score;                // the least score that is in
+  unsigned long long inside;  // the weight of all that are in
+};
+
+// The fewest largest scores that weigh `enough` together, ties with the last one included. The
+// whole block calls it; the scores from `floor` on must weigh that much. First by depth below the
+// maximum, where scores spread, then, among those of one depth, eight bits at a time.
+template <typename Items, typename Weight>
+__device__ Cut cut_at(const Items& items, float floor, float max, double enough,
+                      const Weight& weight) {
+  constexpr int kDigits = kSummed, kPerNat = 8;
+  // Weights are below 2^44. They are added in parts of 11 bits, whose sums over 2^21 tokens fit 32
+  // bits: such additions are what shared memory does in one go, however many meet in one place.
+  constexpr int kParts = 4, kPartBits = 11;
+  __shared__ std::uint32_t parts[kParts][kDigits];
+  __shared__ unsigned long long sums[kDigits];
+  __shared__ unsigned long long above;  // the weight of what is certainly in
+  __shared__ int chosen;
+  if (threadIdx.x == 0) {
+    chosen = kDigits - 1;  // should NaN leave too few
+    above = 0;
+  }
+  const auto depth_of = [&](float score) {
+    const float depth = (max - score) * kPerNat;
+    return depth < kDigits - 1 ? static_cast<int>(depth) : kDigits - 1;
+  };
+  const auto weight_at = [&](int digit) {
+    unsigned long long sum = 0;
+    for (int part = 0; part < kParts; ++part) {
+      sum += static_cast<unsigned long long>(parts[part][digit]) << (part * kPartBits);
+    }
+    return sum;
+  };
+  // Those of the chosen depth, when they are few.
+  constexpr int kListed = 256;
+  __shared__ float listed[kListed];
+  __shared__ unsigned long long listed_weight[kListed];
+  __shared__ int n_listed;
+  __shared__ Cut found;
+  if (threadIdx.x == 0) n_listed = 0;
+  unsigned long long before = 0, last = 0;
+  int depth = 0;
+  std::uint32_t prefix = 0;
+  for (int shift = 32; shift >= 0; shift -= 8) {
+    for (int i = threadIdx.x; i < kParts * kDigits; i += blockDim.x) {
+      parts[i / kDigits][i % kDigits] = 0;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
+      const float score = items.score(i);
+      if (!(score >= floor)) continue;
+      int digit = depth_of(score);
+      if (shift < 32) {
+        const std::uint32_t key = ordered(score);
+        if (digit != depth || (shift < 24 && (key ^ prefix) >> (shift + 8) != 0)) continue;
+        digit = 255 - static_cast<int>(key >> shift & 255);  // the largest come first
+      }
+      const unsigned long long w = weight(i);
+      for (int part = 0; part < kParts; ++part) {
+        const auto bits =
+            static_cast<std::uint32_t>(w >> (part * kPartBits)) & ((1u << kPartBits) - 1);
+        if (bits != 0) atomicAdd(&parts[part][digit], bits);
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < kDigits; i += blockDim.x) sums[i] = weight_at(i);
+    __syncthreads();
+    running_sums(sums);
+    if (threadIdx.x < kDigits) {
+      const unsigned long long until = before + sums[threadIdx.x],
+                               from = before + (threadIdx.x > 0 ? sums[threadIdx.x - 1] : 0);
+      if (static_cast<double>(until) >= enough && static_cast<double>(from) < enough) {
+        chosen = threadIdx.x;
+        above = from;
+      }
+    }
+    __syncthreads();
+    before = above;
+    last = weight_at(chosen);
+    if (shift < 32) {
+      prefix |= static_cast<std::uint32_t>(255 - chosen) << shift;
+      __syncthreads();
+      continue;
+    }
+    depth = chosen;
+    for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
+      const float score = items.score(i);
+      if (!(score >= floor) || depth_of(score) != depth) continue;
+      const int at = atomicAdd(&n_listed, 1);
+      if (at >= kListed) continue;
+      listed[at] = score;
+      listed_weight[at] = weight(i);
+    }
+    __syncthreads();
+    if (n_listed > kListed) continue;  // bit by bit
+    if (threadIdx.x < n_listed) {
+      const float score = listed[threadIdx.x];
+      unsigned long long larger = before, equal = 0;
+      for (int i = 0; i < n_listed; ++i) {
+        if (listed[i] > score) larger += listed_weight[i];
+        if (listed[i] == score) equal += listed_weight[i];
+      }
+      if (static_cast<double>(larger) < enough && static_cast<double>(larger + equal) >= enough) {
+        found = {score, larger + equal};
+      }
+    }
+    __syncthreads();
+    const Cut cut = found;
+    __syncthreads();
+    return cut;
+  }
+  return {from_ordered(prefix), before + last};
+}
+
+// What top-k and top-p keep: all scores from `floor` on.
+struct Filtered {
+  float floor = -HUGE_VALF;
+  unsigned long long total = 0;   // the probability of what top-k kept
+  unsigned long long inside = 0;  // and of what top-p kept of it
+};
+
+template <typename Items>
+__device__ Filtered filter_many(const Items& items, const RowRequest& request, float max) {
+  Filtered kept;
+  if (request.top_k > 0 && request.top_k < items.n) {
+    kept.floor = cut_at(items, kept.floor, max, request.top_k, [](int) { return 1ull; }).score;
+  }
+  if (request.top_p >= 1) return kept;
+  for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
+    const float score = items.score(i);
+    if (score >= kept.floor) kept.total += items.mass(i);
+  }
+  kept.total = block_reduce(kept.total, 0ull, Sum());
+  const auto mass = [&](int i) { return items.mass(i); };
+  const Cut cut =
+      cut_at(items, kept.floor, max, request.top_p * static_cast<double>(kept.total), mass);
+  kept.floor = cut.score;
+  kept.inside = cut.inside;
+  return kept;
+}
+
+// The same when every item can have a thread: each finds out what is larger than its own.
+inline constexpr unsigned kFew = 512;
+template <typename Items>
+__device__ Filtered filter_few(const Items& items, const RowRequest& request) {
+  __shared__ float scores[kFew];
+  __shared__ unsigned long long masses[kFew];
+  const int n = items.n, own = threadIdx.x;
+  const bool exists = own < n && !isnan(items.score(own));
+  const float score = exists ? items.score(own) : -HUGE_VALF;
+  if (own < n) {
+    scores[own] = score;
+    masses[own] = exists ? items.mass(own) : 0;
+  }
+  __syncthreads();
+  int larger = 0;
+  unsigned long long larger_mass = 0, until_mass = 0;
+  for (int i = 0; i < n && exists; ++i) {
+    const unsigned long long mass = masses[i];
+    larger += scores[i] > score;
+    larger_mass += scores[i] > score ? mass : 0;
+    until_mass += scores[i] >= score ? mass : 0;
+  }
+  Filtered kept;
+  bool in = exists && (request.top_k <= 0 || larger < request.top_k);
+  if (request.top_p < 1) {
+    kept.total = block_reduce(in ? masses[own] : 0ull, 0ull, Sum());
+    in = in && static_cast<double>(larger_mass) < request.top_p * static_cast<double>(kept.total);
+    kept.inside = block_reduce(in ? until_mass : 0ull, 0ull, Max());
+  }
+  kept.floor = -block_reduce(in ? -score : -HUGE_VALF, -HUGE_VALF, Max());
+  return kept;
+}
+
+}  // namespace infemeral::cuda
