@@ -35,11 +35,6 @@ constexpr std::size_t kEmbedRows = 256;  // rows of a prompt in one product
 constexpr std::size_t kMaxVocab = std::size_t{1}
                                   << 21;  // kernels/sample.cu adds up so many weights
 
-#define INFEMERAL_RETURN(expression)                                     \
-  do {                                                                   \
-    if (absl::Status failed = (expression); !failed.ok()) return failed; \
-  } while (false)
-
 // What a graph was recorded for.
 struct GraphKey {
   int rows;

@@ -29,11 +29,6 @@ absl::Status cusolver_status(cusolverStatus_t error, std::string_view what) {
   return absl::InternalError(cat(what, ": cuSOLVER error ", static_cast<int>(error)));
 }
 
-#define INFEMERAL_RETURN(expression)                                     \
-  do {                                                                   \
-    if (absl::Status failed = (expression); !failed.ok()) return failed; \
-  } while (false)
-
 absl::Status check_orthogonal(const Device& device, const Cublas& cublas, std::size_t n,
                               const __half* rows, DeviceUsage& usage) {
   auto product = Array<float>::make(Place::kDevice, n * n, usage);

@@ -29,6 +29,12 @@ absl::Status cuda_status(cudaError_t error, std::string_view what);
     }                                                                       \
   } while (false)
 
+// Leaves the function with a status that is not OK.
+#define INFEMERAL_RETURN(expression)                                     \
+  do {                                                                   \
+    if (absl::Status failed = (expression); !failed.ok()) return failed; \
+  } while (false)
+
 // What an object has allocated on its device. Shared by its arrays, one thread at a time.
 struct DeviceUsage {
   std::size_t bytes = 0, peak = 0;

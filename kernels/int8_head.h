@@ -54,7 +54,9 @@ struct Product {
   float* upper = nullptr;    // n x score_stride(V)
   bool approximate = false;  // upper receives the logits that the product stands for instead
 };
-// InvalidConfiguration for a hidden size of a hundred thousand or so.
+// The first step by itself: planes, and bounds and `covered` of the rows' states.
+cudaError_t quantise_states(const Stage& stage, const Product& args);
+// All of it. InvalidConfiguration for a hidden size of a hundred thousand or so.
 cudaError_t int8_head(const Stage& stage, const Product& args);
 
 }  // namespace infemeral::cuda

@@ -38,8 +38,7 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
     // What the CPU would say too is not worth a second try.
     if (options.name == "cuda" || failed.code() == absl::StatusCode::kNotFound) {
       return failed.code() == absl::StatusCode::kUnavailable
-                 ? absl::UnavailableError(
-                       cat(std::string(failed.message()), "; use --backend cpu"))
+                 ? absl::UnavailableError(cat(std::string(failed.message()), "; use --backend cpu"))
                  : failed;
     }
     log_to(log,
