@@ -55,8 +55,9 @@ class CudaClientBackend final : public ClientBackend {
   }
 
   ~CudaClientBackend() override {
+    if (!device_.stream) return;
     (void)cudaSetDevice(device_.index);
-    if (device_.stream) (void)cudaStreamSynchronize(device_.stream.get());
+    (void)cudaStreamSynchronize(device_.stream.get());
   }
 
   std::string_view name() const override { return name_; }
@@ -154,8 +155,22 @@ class CudaClientBackend final : public ClientBackend {
                                    cudaMemcpyHostToDevice, device_.stage.stream));
     INFEMERAL_RETURN(allocate_buffers());
     INFEMERAL_CUDA(cudaStreamSynchronize(device_.stage.stream));
+    INFEMERAL_RETURN(leave_room_for_cloak());
     folder_.emplace(std::move(folder));
     return absl::OkStatus();
+  }
+
+  // The cloak is made on first use; that the device is too small for it must show now, when less
+  // can still be asked of it.
+  absl::Status leave_room_for_cloak() const {
+    std::size_t free = 0, total = 0;
+    INFEMERAL_CUDA(cudaMemGetInfo(&free, &total));
+    // Kept: three matrices in float16. While it is made: one in float64 with its QR's work, and the
+    // float32 product that is checked.
+    const std::size_t needed = 24 * hidden_ * stride_;
+    if (free >= needed) return absl::OkStatus();
+    return absl::ResourceExhaustedError(
+        cat("the GPU has ", free / 1000000, " MB left where the cloak needs ", needed / 1000000));
   }
 
   absl::Status load_table(const TensorView& view, Place place, Array<__half>& table) {
@@ -232,6 +247,12 @@ class CudaClientBackend final : public ClientBackend {
     if (!cloak.ok()) return cloak.status();
     cloak_.emplace(*std::move(cloak));
     return absl::OkStatus();
+  }
+
+  // Tells one call's answers from another's; never 0, which no answer has.
+  std::uint32_t next_sequence() {
+    if (++sequence_ == 0) ++sequence_;
+    return sequence_;
   }
 
   // --- waiting for the device without a call into the driver ---
@@ -349,7 +370,7 @@ class CudaClientBackend final : public ClientBackend {
     for (std::size_t begin = 0; begin < ids.size(); begin += kEmbedRows) {
       const std::size_t n = std::min(kEmbedRows, ids.size() - begin);
       std::copy_n(ids.begin() + static_cast<std::ptrdiff_t>(begin), n, ids_.data());
-      signals_[0].sequence = ++sequence_;
+      signals_[0].sequence = next_sequence();
       if (n == 1) {
         Graph& graph = embed_graphs_[dtype];
         if (!graph) {
@@ -552,7 +573,7 @@ class CudaClientBackend final : public ClientBackend {
     PhaseClock clock;
     const int m = static_cast<int>(requests.size());
     GraphKey key = {.rows = m, .dtype = dtype, .scans = false, .chooses = false};
-    ++sequence_;
+    next_sequence();
     for (int i = 0; i < m; ++i) {
       write_request(i, requests[i]);
       const Selection selection = requests_[i].selection;
@@ -657,7 +678,7 @@ class CudaClientBackend final : public ClientBackend {
     PhaseClock clock;
     const int m = static_cast<int>(requests.size());
     const std::size_t n = subset_->ids().size(), row_bytes = rows.size() / requests.size();
-    ++sequence_;
+    next_sequence();
     for (int i = 0; i < m; ++i) {
       if (!all_finite(rows.subspan(i * row_bytes, row_bytes), dtype)) return not_finite();
       write_request(i, requests[i]);
@@ -699,7 +720,7 @@ class CudaClientBackend final : public ClientBackend {
     if (!all_finite(row, dtype)) return not_finite();
     INFEMERAL_RETURN(ensure_cloak());
     const cudaStream_t stream = device_.stage.stream;
-    ++sequence_;
+    next_sequence();
     write_request(0, {});
     std::memcpy(wire_in_.data(), row.data(), row.size());
     next_.reset();

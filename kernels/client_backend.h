@@ -5,6 +5,9 @@
 // its sampling parameters, and the chosen id with the next cloaked row: both in pinned memory that
 // the kernels read and write themselves. From the returned row to the token is one graph replay,
 // which goes on to embed and cloak that token while the host is still busy with it.
+//
+// A token does not depend on the rows that it is chosen with. Cloaked rows do not either, up to 32
+// at a time; more are multiplied by cuBLAS, and their last bits may be others.
 #pragma once
 
 #include <memory>

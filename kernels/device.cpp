@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "engine/text.h"
+#include "kernels/device_code.h"
 
 namespace infemeral::cuda {
 
@@ -19,6 +20,9 @@ absl::Status cuda_status(cudaError_t error, std::string_view what) {
     case cudaErrorSystemDriverMismatch:
     case cudaErrorSystemNotReady:
     case cudaErrorDevicesUnavailable:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorCompatNotSupportedOnDevice:
       return absl::UnavailableError(cat("there is no usable GPU: ", cudaGetErrorString(error)));
     default:
       return absl::InternalError(
@@ -70,23 +74,19 @@ void deallocate(Place place, void* data, std::size_t bytes, DeviceUsage& usage) 
 }
 
 absl::StatusOr<Device> open_device() {
-  // What an earlier kernel of this process broke stays broken until the context is made anew, and
-  // by some errors until the process is.
-  if (cudaDeviceSynchronize() != cudaSuccess) {
-    (void)cudaDeviceReset();
-    (void)cudaGetLastError();
-    const cudaError_t still = cudaDeviceSynchronize();
-    if (still != cudaSuccess && still != cudaErrorNoDevice &&
-        still != cudaErrorInsufficientDriver) {
-      return absl::UnavailableError(cat("the GPU failed in this process (",
-                                        cudaGetErrorString(still),
-                                        ") and can be used again by a new one"));
-    }
-  }
+  (void)cudaGetLastError();  // what the program's own calls left behind is not ours
   int count = 0;
   if (const cudaError_t error = cudaGetDeviceCount(&count); error != cudaSuccess || count == 0) {
     (void)cudaGetLastError();
     return cuda_status(error == cudaSuccess ? cudaErrorNoDevice : error, "cudaGetDeviceCount");
+  }
+  // By CUDA's rules some errors of a kernel last as long as the process.
+  if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
+    (void)cudaGetLastError();
+    const absl::Status status = cuda_status(error, "cudaDeviceSynchronize");
+    if (status.code() != absl::StatusCode::kInternal) return status;
+    return absl::UnavailableError(cat("the GPU failed in this process (", cudaGetErrorString(error),
+                                      ") and can be used again by a new one"));
   }
   Device device;
   INFEMERAL_CUDA(cudaGetDevice(&device.index));
@@ -101,10 +101,12 @@ absl::StatusOr<Device> open_device() {
   cudaStream_t stream = nullptr;
   INFEMERAL_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   device.stream = Stream(stream);
+  int architecture = 0;
+  INFEMERAL_CUDA(probe_device_code(stream, architecture));
   device.stage = {.stream = stream,
                   .multiprocessors = properties.multiProcessorCount,
                   .shared_bytes = properties.sharedMemPerBlockOptin,
-                  .overlap = properties.major >= 9};
+                  .overlap = architecture >= 90};
   return device;
 }
 

@@ -21,12 +21,13 @@ namespace infemeral::cuda {
 // unusable for this process say so.
 absl::Status cuda_status(cudaError_t error, std::string_view what);
 
-// Evaluates a CUDA call and leaves the function with its status when it failed.
-#define INFEMERAL_CUDA(call)                                                \
-  do {                                                                      \
-    if (const cudaError_t cuda_error = (call); cuda_error != cudaSuccess) { \
-      return ::infemeral::cuda::cuda_status(cuda_error, #call);             \
-    }                                                                       \
+// Evaluates a CUDA call and leaves the function with its status, and its name, when it failed.
+#define INFEMERAL_CUDA(call)                                                               \
+  do {                                                                                     \
+    if (const cudaError_t cuda_error = (call); cuda_error != cudaSuccess) {                \
+      constexpr std::string_view kCall = #call;                                            \
+      return ::infemeral::cuda::cuda_status(cuda_error, kCall.substr(0, kCall.find('('))); \
+    }                                                                                      \
   } while (false)
 
 // Leaves the function with a status that is not OK.

@@ -40,7 +40,7 @@ __device__ unsigned long long probability_mass(float score, float max) {
 
 // Items to choose from: score, probability_mass below their maximum, id.
 struct Candidates {  // those that select left; the first kCached with scores and masses at hand
-  static constexpr int kCached = 4096;
+  static constexpr int kCached = 2048;  // in 24 KB: a block has 64 on the oldest devices
   const ScoredToken* items;
   int n;
   const float* scores;

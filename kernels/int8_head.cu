@@ -381,7 +381,7 @@ cudaError_t run(const Stage& stage, const Product& args) {
     constexpr std::size_t kReserved = 8192;  // barriers and the like
     const std::size_t planes = Single ? 2 * static_cast<std::size_t>(args.stride) : 0;
     const std::size_t room = stage.shared_bytes - kReserved;
-    if (planes + 2 * kStageBytes > room) return cudaErrorInvalidConfiguration;
+    if (planes + kStageBytes > room) return cudaErrorInvalidConfiguration;
     stages = static_cast<int>((room - planes) / kStageBytes);
     stages = stages < kMaxStages<Single> ? stages : kMaxStages<Single>;
     shared_bytes = stages * kStageBytes + planes;

@@ -133,7 +133,7 @@ __device__ void finish(const Sample& p, int row, int token, Outcome outcome) {
   RowResult& result = p.results[row];
   result.token = token;
   result.outcome = outcome;
-  result.rows_rescored = min(state.candidates, static_cast<std::uint32_t>(kMaxCandidates));
+  result.rows_rescored = outcome == Outcome::kToken ? state.candidates : 0;
   result.times = state.times;
   result.times.end = global_ns();
   __threadfence_system();
@@ -289,7 +289,9 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
       edge = nucleus_edge(state, candidate_limit(p.vocab_size), mass, least, counts);
       break;
     case Selection::kUnlimited:
-      threshold = from_ordered(state.best_noisy) - 2 * kNoiseError;
+      threshold = from_ordered(state.best_noisy);
+      // Two logarithms, and the roundings of two sums.
+      threshold -= 2 * kNoiseError + fabsf(threshold) * 0x1p-22f;
       break;
   }
   if (leads) state.edge = edge;
@@ -515,6 +517,7 @@ cudaError_t select(const Stage& stage, const Sample& args) {
 cudaError_t choose(const Stage& stage, const Sample& args) {
   constexpr std::size_t kSharedBytes =
       Candidates::kCached * (sizeof(unsigned long long) + sizeof(float));
+  static_assert(kSharedBytes <= 32 << 10);  // beside 25 KB of the filters, in a block of 64
   const cudaError_t error = cudaFuncSetAttribute(
       choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
   if (error != cudaSuccess) return error;

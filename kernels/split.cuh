@@ -11,7 +11,7 @@ namespace infemeral::cuda {
 __device__ inline float split_scale(float largest) {
   int exponent = 0;
   frexpf(largest, &exponent);
-  return largest > 0 && isfinite(largest) ? ldexpf(1.0f, max(-100, min(100, 11 - exponent))) : 1.0f;
+  return largest > 0 && isfinite(largest) ? ldexpf(1.0f, max(-120, min(120, 11 - exponent))) : 1.0f;
 }
 
 // Eight values from a multiple of 8 on.
