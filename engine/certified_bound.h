@@ -68,6 +68,18 @@ INFEMERAL_HOST_DEVICE inline float norm_up(double squares) {
   return round_up(sqrt(squares) * (1 + 0x1p-30));
 }
 
+// The bound of a row from sums that were taken in float32: `squares` of w, `error_squares` of
+// w - s q, each within 2^-16 of the sum of its terms. The terms of the second have the roundings of
+// s q, up to 2^-24 |s q| each if it was not fused, and of the difference; and |s q| <= 2 |w|.
+INFEMERAL_HOST_DEVICE inline RowBound row_bound(float scale, double squares, double error_squares) {
+  constexpr double kSums = 1 + 0x1p-15;
+  RowBound bound;
+  bound.scale = scale;
+  bound.norm = round_up(sqrt(squares) * kSums);
+  bound.error = round_up(sqrt(error_squares) * kSums + 0x1p-22 * static_cast<double>(bound.norm));
+  return bound;
+}
+
 // Where a state's outliers begin, from the sum of squares of the elements that were none so far.
 // Rounding errors spread evenly have |w - s q| = s sqrt(n / 12). Then an element is better taken
 // alone when it is above sqrt(12 / n) times the norm of what is left. Any cut is a valid one; it

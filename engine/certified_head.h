@@ -30,6 +30,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <span>
 #include <string_view>
@@ -63,32 +64,39 @@ RowBound quantise_row(std::span<const float> row, std::span<std::int8_t> q);
 std::optional<StateBound> quantise_state(std::span<const float> state, float largest_norm,
                                          std::span<std::int16_t> v);
 
-// Chooses tokens from intervals of logits. One a thread; keeps its buffers.
+// Chooses a token from intervals of logits, which several threads may bring while they compute
+// them: start(), observe() for every token once, finish(). One row at a time; keeps its buffers.
 class CertifiedSampler {
  public:
+  // Tokens in a call of observe, at most.
+  static constexpr std::size_t kBlock = 64;
+
   // Replaces every candidate's score by the full head's logit of its id, with the same bits.
   using Rescore = std::function<void(std::span<Candidate>)>;
 
-  // lower[i] <= the full head's logit of token i <= upper[i], both finite; overwritten as scratch.
-  // The token is the one that Sampler::sample gives for the full head's logits. nullopt when that
-  // cannot be shown, or not with fewer rows than pay: run the full head then. Adds to the
-  // rows and the widenings of `counters`; tokens and full passes are the caller's to count.
-  std::optional<std::int32_t> sample(std::span<float> lower, std::span<float> upper,
-                                     const SampleRequest& request, const Rescore& rescore,
-                                     HeadCounters& counters);
+  CertifiedSampler();
+  ~CertifiedSampler();
+  CertifiedSampler(CertifiedSampler&&) noexcept;
+  CertifiedSampler& operator=(CertifiedSampler&&) noexcept;
+
+  // The request's history must live until finish(). At least one worker.
+  void start(const SampleRequest& request, std::size_t vocab_size, std::size_t workers);
+
+  // The tokens first, first + 1, ...: lower[i] <= the full head's logit <= upper[i], both finite;
+  // overwritten as scratch. As many of both, at most kBlock; `first` is a multiple of kBlock. Calls
+  // for different workers (below start's number) may run at the same time.
+  void observe(std::size_t worker, std::size_t first, std::span<float> lower,
+               std::span<float> upper);
+
+  // The token that Sampler::sample gives for the full head's logits: it depends neither on the
+  // order of the calls of observe nor on who made them. nullopt when that token cannot be shown,
+  // or not with fewer rows than pay: run the full head then. Adds to the rows and the widenings of
+  // `counters`; tokens and full passes are the caller's to count.
+  std::optional<std::int32_t> finish(const Rescore& rescore, HeadCounters& counters);
 
  private:
-  struct Row;
-  bool select(const Row& row, float threshold);
-  bool select_gumbel(const Row& row);
-  bool rescore_from(const Row& row, std::size_t first);
-  std::optional<std::int32_t> sample_nucleus(const Row& row);
-  std::optional<std::int32_t> certify(const Row& row);
-  float kth_largest(std::span<const float> values, std::size_t k);
-
-  Scorer scorer_;
-  std::vector<Candidate> candidates_;
-  std::vector<float> scratch_;
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace infemeral

@@ -39,10 +39,12 @@ std::string folder_hint(const std::filesystem::path& folder) {
 
 absl::StatusOr<ClientManifest> read_manifest(const json& root, const std::filesystem::path& file) {
   if (!root.is_object()) return manifest_error(file, "not a JSON object");
-  if (root.value("format_version", -1) != ClientManifest::kFormatVersion) {
+  const int version = root.value("format_version", -1);
+  if (version != ClientManifest::kFormatVersion &&
+      version != ClientManifest::kFoldedFormatVersion) {
     return absl::FailedPreconditionError(
-        cat(file.string(), " has the format version ", root.value("format_version", -1),
-            "; this program reads version ", ClientManifest::kFormatVersion,
+        cat(file.string(), " has the format version ", version, "; this program reads versions ",
+            ClientManifest::kFormatVersion, " and ", ClientManifest::kFoldedFormatVersion,
             ": prepare the model again with this version's engine_prep"));
   }
   ClientManifest manifest;
@@ -58,10 +60,17 @@ absl::StatusOr<ClientManifest> read_manifest(const json& root, const std::filesy
     *size = value.get<std::size_t>();
   }
   const auto mode = root.at("cloak_mode").get<std::string>();
-  if (mode != "lazy" && mode != "eager") {
-    return manifest_error(file, "cloak_mode is neither \"lazy\" nor \"eager\"");
+  if (mode != "lazy" && mode != "eager" && mode != "folded") {
+    return manifest_error(file, "cloak_mode is none of \"lazy\", \"eager\" and \"folded\"");
   }
-  manifest.cloak_mode = mode == "lazy" ? CloakMode::kLazy : CloakMode::kEager;
+  manifest.cloak_mode = mode == "lazy"    ? CloakMode::kLazy
+                        : mode == "eager" ? CloakMode::kEager
+                                          : CloakMode::kFolded;
+  const bool folded = manifest.cloak_mode == CloakMode::kFolded;
+  if (folded != (version == ClientManifest::kFoldedFormatVersion) ||
+      (folded && manifest.tied_embeddings)) {
+    return manifest_error(file, "cloak_mode disagrees with format_version or tied_embeddings");
+  }
   for (const auto& [name, out] : {std::pair("model_fingerprint", &manifest.model_fingerprint),
                                   std::pair("cloak_commitment", &manifest.cloak_commitment)}) {
     const auto value = parse_fingerprint(root.at(name).get<std::string>());
@@ -92,15 +101,19 @@ absl::StatusOr<ClientManifest> load_client_manifest(const std::filesystem::path&
 
 absl::Status save_client_manifest(const ClientManifest& manifest,
                                   const std::filesystem::path& folder) {
+  const bool folded = manifest.cloak_mode == CloakMode::kFolded;
   try {
     const nlohmann::ordered_json root = {
-        {"format_version", ClientManifest::kFormatVersion},
+        {"format_version",
+         folded ? ClientManifest::kFoldedFormatVersion : ClientManifest::kFormatVersion},
         {"model_type", manifest.model_type},
         {"hidden_size", manifest.hidden_size},
         {"vocab_size", manifest.vocab_size},
         {"max_context", manifest.max_context},
         {"tied_embeddings", manifest.tied_embeddings},
-        {"cloak_mode", manifest.cloak_mode == CloakMode::kLazy ? "lazy" : "eager"},
+        {"cloak_mode", folded                                    ? "folded"
+                       : manifest.cloak_mode == CloakMode::kLazy ? "lazy"
+                                                                 : "eager"},
         {"model_fingerprint", fingerprint_text(manifest.model_fingerprint)},
         {"cloak_commitment", fingerprint_text(manifest.cloak_commitment)},
     };
@@ -124,6 +137,10 @@ absl::StatusOr<ClientFolder> ClientFolder::open(const std::filesystem::path& fol
         "of this folder or prepare the model again");
   }
   const std::filesystem::path weights_file = folder / "client.safetensors";
+  const bool folded = manifest->cloak_mode == CloakMode::kFolded;
+  if (folded) {
+    if (auto status = check_private_file(weights_file); !status.ok()) return status;
+  }
   auto weights = Safetensors::open(weights_file);
   if (!weights.ok()) return weights.status();
 
@@ -131,6 +148,13 @@ absl::StatusOr<ClientFolder> ClientFolder::open(const std::filesystem::path& fol
   if (tied == weights->metadata().end() ||
       tied->second != (manifest->tied_embeddings ? "true" : "false")) {
     return mismatch("client.safetensors and engine.json disagree about tied_embeddings");
+  }
+  if (folded) {
+    const auto commitment = weights->metadata().find("cloak_commitment");
+    if (commitment == weights->metadata().end() ||
+        commitment->second != fingerprint_text(manifest->cloak_commitment)) {
+      return mismatch("client.safetensors was not folded with cloak.key; prepare the model again");
+    }
   }
   const auto get = [&](const char* name, Dtype dtype,
                        std::initializer_list<std::size_t> shape) -> absl::StatusOr<TensorView> {
@@ -150,11 +174,15 @@ absl::StatusOr<ClientFolder> ClientFolder::open(const std::filesystem::path& fol
           ? embed
           : get("lm_head.weight", Dtype::kF16, {manifest->vocab_size, manifest->hidden_size});
   if (!lm_head.ok()) return lm_head.status();
-  const auto final_norm = get("final_norm.weight", Dtype::kF32, {manifest->hidden_size});
-  if (!final_norm.ok()) return final_norm.status();
+  TensorView final_norm;
+  if (!folded) {
+    const auto gain = get("final_norm.weight", Dtype::kF32, {manifest->hidden_size});
+    if (!gain.ok()) return gain.status();
+    final_norm = *gain;
+  }
 
-  return ClientFolder{folder,   *std::move(manifest), *std::move(weights), *embed,
-                      *lm_head, *final_norm,          *std::move(seed)};
+  return ClientFolder{folder,   *std::move(manifest),  *std::move(weights), *embed,
+                      *lm_head, std::move(final_norm), *std::move(seed)};
 }
 
 absl::StatusOr<Cloak> ClientFolder::load_cloak() const {

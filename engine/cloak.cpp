@@ -101,7 +101,7 @@ double rows_error(std::size_t n, const double* q, std::size_t begin, std::size_t
   const auto stride = static_cast<std::ptrdiff_t>(n);
   const std::size_t columns = n - from;
   std::vector<double> product((end - begin) * columns, 0);
-  gemm_add(end - begin, columns, n, 1, ConstMatrix{q, stride}.block(begin, 0),
+  gemm_add(end - begin, columns, n, 1.0, ConstMatrix{q, stride}.block(begin, 0),
            ConstMatrix{q, stride}.block(from, 0).transposed(), product.data(), columns);
   double worst = 0;
   for (std::size_t i = begin; i < end; ++i) {
@@ -115,6 +115,12 @@ double rows_error(std::size_t n, const double* q, std::size_t begin, std::size_t
 }
 
 }  // namespace
+
+absl::Status check_private_file(const std::filesystem::path& file) {
+  struct stat info = {};
+  if (::stat(file.c_str(), &info) != 0) return errno_status(errno, "cannot open", file);
+  return check_private(info, file);
+}
 
 CloakSeed CloakSeed::random() {
   CloakSeed seed;
@@ -214,9 +220,7 @@ absl::StatusOr<Cloak> Cloak::generate(const CloakSeed& seed, std::size_t hidden_
 
 absl::StatusOr<Cloak> Cloak::load(const std::filesystem::path& file, const CloakSeed& seed,
                                   std::size_t hidden_size) {
-  struct stat info = {};
-  if (::stat(file.c_str(), &info) != 0) return errno_status(errno, "cannot open", file);
-  if (absl::Status status = check_private(info, file); !status.ok()) return status;
+  if (absl::Status status = check_private_file(file); !status.ok()) return status;
   const auto tensors = Safetensors::open(file);
   if (!tensors.ok()) return tensors.status();
   const auto commitment = tensors->metadata().find("cloak_commitment");
@@ -250,7 +254,7 @@ absl::StatusOr<Cloak> Cloak::load(const std::filesystem::path& file, const Cloak
   SecretDoubles product(rows * rows);
   std::fill(product.span().begin(), product.span().end(), 0.0);
   const ConstMatrix rows_view{sample.data(), static_cast<std::ptrdiff_t>(n)};
-  gemm_add(rows, rows, n, 1, rows_view, rows_view.transposed(), product.data(), rows);
+  gemm_add(rows, rows, n, 1.0, rows_view, rows_view.transposed(), product.data(), rows);
   for (std::size_t i = 0; i < rows; ++i) {
     for (std::size_t j = 0; j < rows; ++j) {
       const double error = std::fabs(product.data()[i * rows + j] - (i == j ? 1 : 0));

@@ -20,6 +20,10 @@
 
 namespace infemeral {
 
+// PermissionDenied when group or others can read the file, InvalidArgument when it is no regular
+// one.
+absl::Status check_private_file(const std::filesystem::path& file);
+
 // 32 secret bytes; wiped when destroyed. Movable only.
 class CloakSeed {
  public:

@@ -2,8 +2,8 @@
 
 namespace infemeral {
 
-GemmKernel gemm_kernel_avx2() {
-  return {run_tile<4, 4, 3>, 4, 4 * 3, "avx2"};
+GemmKernels gemm_kernels_avx2() {
+  return tile_kernels<32, 4, 3>("avx2");
 }
 
 }  // namespace infemeral

@@ -2,8 +2,8 @@
 
 namespace infemeral {
 
-GemmKernel gemm_kernel_avx512() {
-  return {run_tile<8, 8, 3>, 8, 8 * 3, "avx512"};
+GemmKernels gemm_kernels_avx512() {
+  return tile_kernels<64, 8, 3>("avx512");
 }
 
 }  // namespace infemeral

@@ -2,8 +2,8 @@
 
 namespace infemeral {
 
-GemmKernel gemm_kernel_baseline() {
-  return {run_tile<2, 4, 2>, 4, 2 * 2, "baseline"};
+GemmKernels gemm_kernels_baseline() {
+  return tile_kernels<16, 4, 2>("baseline");
 }
 
 }  // namespace infemeral

@@ -9,9 +9,9 @@ namespace {
 
 // kRows x (kVectors * kLanes) accumulators that stay in registers: each step of p loads kVectors
 // vectors of b and broadcasts kRows values of a.
-template <std::size_t kLanes, std::size_t kRows, std::size_t kVectors>
-void run_tile(std::size_t k, const double* a, const double* b, double* acc) {
-  typedef double Vector __attribute__((vector_size(kLanes * sizeof(double))));
+template <typename T, std::size_t kLanes, std::size_t kRows, std::size_t kVectors>
+void run_tile(std::size_t k, const T* a, const T* b, T* acc) {
+  typedef T Vector __attribute__((vector_size(kLanes * sizeof(T))));
   Vector sum[kRows][kVectors] = {};
   for (std::size_t p = 0; p < k; ++p) {
     const Vector* row = reinterpret_cast<const Vector*>(b + p * kVectors * kLanes);
@@ -23,6 +23,18 @@ void run_tile(std::size_t k, const double* a, const double* b, double* acc) {
   for (std::size_t r = 0; r < kRows; ++r) {
     for (std::size_t v = 0; v < kVectors; ++v) out[r * kVectors + v] = sum[r][v];
   }
+}
+
+// kBytes: of a vector register.
+template <typename T, std::size_t kBytes, std::size_t kRows, std::size_t kVectors>
+constexpr GemmKernel<T> tile_kernel() {
+  constexpr std::size_t kLanes = kBytes / sizeof(T);
+  return {run_tile<T, kLanes, kRows, kVectors>, kRows, kLanes * kVectors};
+}
+template <std::size_t kBytes, std::size_t kRows, std::size_t kVectors>
+constexpr GemmKernels tile_kernels(const char* name) {
+  return {tile_kernel<double, kBytes, kRows, kVectors>(),
+          tile_kernel<float, kBytes, kRows, kVectors>(), name};
 }
 
 }  // namespace

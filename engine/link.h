@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <span>
 #include <stop_token>
 #include <string>
@@ -89,12 +90,31 @@ class Link {
   // Adds to encode, encrypt, network, body, decrypt and decode.
   virtual absl::Status step(const StepRequest& request, std::stop_token stop, StepReply& reply,
                             PhaseTimes& times) = 0;
+
+  // A step in two halves, so that the next one can be made and sent meanwhile: submit() sends, and
+  // the tensor is free when it returns; await() takes the answer, or the error, of the oldest step
+  // that is out. At most kMaxInFlight are out at a time, over all sessions: as many as a server
+  // reads before it waits for its answers to be taken. Every one that submit() took is awaited
+  // before step() or open_session() is called, also after an error; a link that has ended answers
+  // at once. A link that cannot do this runs the whole step in submit().
+  static constexpr std::uint32_t kMaxInFlight = 16;
+  virtual absl::Status submit(const StepRequest& request, std::stop_token stop, PhaseTimes& times);
+  virtual absl::Status await(std::stop_token stop, StepReply& reply, PhaseTimes& times);
+
+  // Connects anew, whatever state the link is in; all its sessions are gone, and no step is out.
+  // Errors are those of the first connection, and the link then stays broken. Unimplemented when
+  // this link cannot.
+  virtual absl::Status reconnect(std::stop_token stop);
+
   // Best effort; the server also forgets a session when its connection ends.
   virtual void close_session(std::uint64_t session) = 0;
 
   virtual LinkCounters counters() const = 0;
   // "Noise_IK_25519_AESGCM_SHA256" or the ChaChaPoly one.
   virtual std::string cipher() const = 0;
+
+ private:
+  std::deque<StepReply> answered_;  // of a link that runs whole steps in submit()
 };
 
 }  // namespace infemeral

@@ -4,6 +4,12 @@
 
 namespace infemeral {
 
+PhaseTimes since(const PhaseTimes& before, const PhaseTimes& now) {
+  PhaseTimes added;
+  for (const auto& [name, value] : kPhases) added.*value = now.*value - before.*value;
+  return added;
+}
+
 std::size_t peak_rss_bytes() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);

@@ -186,7 +186,11 @@ void read_sliding_window(const json& root, ModelConfig& config, absl::Status& st
 
 void refuse_what_changes_the_forward_pass(const json& root, absl::Status& status) {
   Fields fields(root, status);
+  const auto own = root.find("quantization_config");
+  const bool is_own = own != root.end() && own->is_object() &&
+                      own->value("quant_method", json()) == ModelConfig::kInt8Method;
   for (const char* name : {"quantization_config", "compression_config"}) {
+    if (is_own && name == std::string_view("quantization_config")) continue;
     fields.refuse(name, "quantised checkpoints are not supported; use the unquantised model");
   }
   for (const char* name : {"num_experts", "num_local_experts", "n_routed_experts",

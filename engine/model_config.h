@@ -21,6 +21,9 @@ struct RopeScaling {
 };
 
 struct ModelConfig {
+  // quantization_config's quant_method in an int8 body: the one that load_model_config accepts.
+  static constexpr const char* kInt8Method = "infemeral_int8";
+
   std::string model_type;  // "llama", "mistral", "qwen2", "qwen3"
   std::size_t hidden_size = 0;
   std::size_t intermediate_size = 0;

@@ -85,10 +85,10 @@ void apply(const Panel& panel, bool transpose_t, std::size_t n, std::size_t firs
   const ConstMatrix t{panel.t[0], kPanel};
   std::vector<double> products(columns * width, 0), weights(columns * width, 0);
   const ConstMatrix products_view{products.data(), static_cast<std::ptrdiff_t>(width)};
-  gemm_add(columns, width, panel.height, 1, c_t, v, products.data(), width);
-  gemm_add(columns, width, width, 1, products_view, transpose_t ? t : t.transposed(),
+  gemm_add(columns, width, panel.height, 1.0, c_t, v, products.data(), width);
+  gemm_add(columns, width, width, 1.0, products_view, transpose_t ? t : t.transposed(),
            weights.data(), width);
-  gemm_add(columns, panel.height, width, -1, {weights.data(), products_view.row_stride},
+  gemm_add(columns, panel.height, width, -1.0, {weights.data(), products_view.row_stride},
            v.transposed(), c, n);
   sodium_memzero(products.data(), products.size() * sizeof(double));
   sodium_memzero(weights.data(), weights.size() * sizeof(double));

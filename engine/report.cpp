@@ -1,18 +1,12 @@
 #include "engine/report.h"
 
-#include <sys/utsname.h>
-
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <cstdio>
-#include <ctime>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <numeric>
-#include <thread>
 
 #include "absl/strings/str_format.h"
+#include "engine/environment.h"
 #include "engine/text.h"
 #include "engine/version.h"
 
@@ -21,53 +15,60 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-struct Phase {
-  const char* name;
-  double PhaseTimes::*value;
-};
-constexpr std::array<Phase, 11> kPhases = {{{"embed", &PhaseTimes::embed_ms},
-                                            {"cloak", &PhaseTimes::cloak_ms},
-                                            {"encode", &PhaseTimes::encode_ms},
-                                            {"encrypt", &PhaseTimes::encrypt_ms},
-                                            {"network", &PhaseTimes::network_ms},
-                                            {"body", &PhaseTimes::body_ms},
-                                            {"decrypt", &PhaseTimes::decrypt_ms},
-                                            {"decode", &PhaseTimes::decode_ms},
-                                            {"uncloak", &PhaseTimes::uncloak_ms},
-                                            {"de_embed", &PhaseTimes::de_embed_ms},
-                                            {"sample", &PhaseTimes::sample_ms}}};
-
 double rounded(double ms) {
   return std::isfinite(ms) ? std::round(ms * 1e6) / 1e6 : 0;
 }
 
-std::string utc_now() {
-  const std::time_t now = std::time(nullptr);
-  std::tm utc{};
-  gmtime_r(&now, &utc);
-  char text[32];
-  std::strftime(text, sizeof(text), "%Y-%m-%dT%H:%M:%SZ", &utc);
-  return text;
+Json build_json() {
+  return {{"version", std::string(kVersion)},
+          {"git_revision", std::string(kGitRevision)},
+          {"build_type", std::string(kBuildType)},
+          {"compiler", std::string(kCompiler)}};
 }
 
-std::string cpu_model() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (line.starts_with("model name")) {
-      const auto colon = line.find(": ");
-      if (colon != std::string::npos) return line.substr(colon + 2);
-    }
+Json environment_json(const RunDescription& run) {
+  const Environment e = read_environment();
+  Json json = {{"cpu", e.cpu},
+               {"logical_cores", e.logical_cores},
+               {"memory_bytes", e.memory_bytes},
+               {"os", e.os},
+               {"machine", e.machine},
+               {"gpus", e.gpus},
+               {"gpu_driver", e.gpu_driver}};
+  if (run.read_bytes_per_second > 0) {
+    json["read_bytes_per_second"] = std::round(run.read_bytes_per_second);
   }
-  return "unknown";
+  Json libraries = Json::object();
+  for (const auto& [name, version] : run.libraries) libraries[name] = version;
+  json["libraries"] = std::move(libraries);
+  return json;
 }
 
-Json environment() {
-  utsname system{};
-  uname(&system);
-  return {{"cpu", cpu_model()},
-          {"logical_cores", std::thread::hardware_concurrency()},
-          {"os", cat(system.sysname, " ", system.release)},
-          {"machine", std::string(system.machine)}};
+// What every report begins with.
+Json head_json(const RunDescription& run) {
+  Json json;
+  json["schema"] = "infemeral-report";
+  json["schema_version"] = 1;
+  json["created"] = utc_now();
+  json["tool"] = run.tool;
+  json["build"] = build_json();
+  json["environment"] = environment_json(run);
+  json["model"] = {{"type", run.model_type},
+                   {"hidden_size", run.hidden_size},
+                   {"vocab_size", run.vocab_size},
+                   {"tied_embeddings", run.tied_embeddings},
+                   {"body", run.body}};
+  Json options = Json::object();
+  if (!run.backend.empty()) options["backend"] = run.backend;
+  options.update({{"server", run.server},
+                  {"head", run.head},
+                  {"wire", run.wire},
+                  {"cipher", run.cipher},
+                  {"threads", run.threads},
+                  {"max_tokens", run.max_tokens}});
+  for (const auto& [name, value] : run.bench_options) options[name] = value;
+  json["options"] = std::move(options);
+  return json;
 }
 
 void put_latency(Json& json, const std::string& name, std::span<const double> samples) {
@@ -84,7 +85,7 @@ void put_latency(Json& json, const std::string& name, std::span<const double> sa
 Json phases_json(std::span<const TokenTiming> timings) {
   Json json = Json::object();
   std::vector<double> samples(timings.size());
-  for (const Phase& phase : kPhases) {
+  for (const PhaseName& phase : kPhases) {
     std::transform(timings.begin(), timings.end(), samples.begin(),
                    [&](const TokenTiming& t) { return t.phases.*phase.value; });
     const Summary s = summarize(samples);
@@ -94,20 +95,79 @@ Json phases_json(std::span<const TokenTiming> timings) {
                         {"p99_ms", rounded(s.p99)}};
   }
   double total = 0, explained = 0;
+  double least = timings.empty() ? 0 : 1;  // the token that the phases explain worst
   for (const TokenTiming& t : timings) {
     total += t.total_ms;
     explained += t.phases.sum();
+    if (t.total_ms > 0) least = std::min(least, t.phases.sum() / t.total_ms);
   }
   json["total"] = {
       {"mean_ms", rounded(timings.empty() ? 0 : total / static_cast<double>(timings.size()))}};
   json["explained_share"] = rounded(total > 0 ? explained / total : 0);
+  json["min_explained_share"] = rounded(least);
   return json;
 }
 
 Json token_json(const TokenTiming& timing) {
   Json json = Json::object();
-  for (const Phase& phase : kPhases) json[phase.name] = rounded(timing.phases.*phase.value);
+  for (const PhaseName& phase : kPhases) json[phase.name] = rounded(timing.phases.*phase.value);
   json["total"] = rounded(timing.total_ms);
+  return json;
+}
+
+Json summary_json(std::span<const double> samples) {
+  const Summary s = summarize(samples);
+  return {
+      {"mean_ms", rounded(s.mean)}, {"median_ms", rounded(s.median)}, {"std_ms", rounded(s.std)},
+      {"min_ms", rounded(s.min)},   {"p50_ms", rounded(s.p50)},       {"p90_ms", rounded(s.p90)},
+      {"p95_ms", rounded(s.p95)},   {"p99_ms", rounded(s.p99)},       {"max_ms", rounded(s.max)}};
+}
+
+Json rounded_list(std::span<const double> samples) {
+  Json list = Json::array();
+  for (double ms : samples) list.push_back(rounded(ms));
+  return list;
+}
+
+Json case_json(const CaseResult& c, bool with_samples) {
+  Json json = {{"name", c.name}, {"backend", c.backend}, {"count", c.samples_ms.size()}};
+  json.update(summary_json(c.samples_ms));
+  json["item"] = c.item;
+  json["items"] = c.items;
+  const double p50 = json["p50_ms"].get<double>();
+  json["items_per_second"] = rounded(p50 > 0 ? 1e3 * static_cast<double>(c.items) / p50 : 0);
+  Json phases = Json::object();
+  std::vector<double> explained(c.samples_ms.size());
+  for (const CaseResult::Phase& phase : c.phases) {
+    phases[phase.name] = summary_json(phase.ms);
+    if (with_samples) phases[phase.name]["samples_ms"] = rounded_list(phase.ms);
+    for (std::size_t i = 0; i < explained.size(); ++i) explained[i] += phase.ms[i];
+  }
+  double sum = 0, total = 0;
+  for (std::size_t i = 0; i < explained.size(); ++i) {
+    sum += explained[i];
+    total += c.samples_ms[i];
+  }
+  json["phases"] = std::move(phases);
+  json["explained_share"] = rounded(total > 0 ? sum / total : 0);
+  json["calibration"] = {{"loop", c.calibration}};
+  json["calibration"].update(summary_json(c.calibration_ms));
+  json["calibration"]["iqm_ms"] = rounded(summarize(c.calibration_ms).iqm);
+  if (with_samples) json["samples_ms"] = rounded_list(c.samples_ms);
+  return json;
+}
+
+Json point_json(const SweepPoint& point) {
+  Json json = {{"backend", point.backend},
+               {"rtt_ms", rounded(point.rtt_ms)},
+               {"bits_per_second", rounded(point.bits_per_second)},
+               {"prompt_tokens", point.prompt_tokens},
+               {"output_tokens", point.output_tokens},
+               {"requests", point.ttft_ms.size()}};
+  put_latency(json, "ttft", point.ttft_ms);
+  put_latency(json, "tpot", point.tpot_ms);
+  json["limit_ttft_ms"] = rounded(point.limit_ttft_ms);
+  json["limit_tpot_ms"] = rounded(point.limit_tpot_ms);
   return json;
 }
 
@@ -130,10 +190,14 @@ Summary summarize(std::span<const double> samples) {
     const std::size_t high = std::min(low + 1, sorted.size() - 1);
     return sorted[low] + (rank - static_cast<double>(low)) * (sorted[high] - sorted[low]);
   };
+  const std::size_t quarter = sorted.size() / 4;
+  const std::span<const double> middle(sorted.data() + quarter, sorted.size() - 2 * quarter);
+  s.iqm = std::accumulate(middle.begin(), middle.end(), 0.0) / static_cast<double>(middle.size());
   s.p50 = s.median = percentile(50);
   s.p90 = percentile(90);
   s.p95 = percentile(95);
   s.p99 = percentile(99);
+  s.min = sorted.front();
   s.max = sorted.back();
   return s;
 }
@@ -147,17 +211,40 @@ void ReportBuilder::add(const GenerateResult& result, std::size_t prompt_tokens,
   requests_.push_back(std::move(request));
 }
 
-std::string ReportBuilder::json(const RunDescription& run, const LinkCounters& link,
-                                const MemoryUse& client, const HeadCounters& head, double wall_ms,
-                                bool with_samples) const {
+// Adds to `json` what the requests and the counters of one run say.
+struct ReportWriter {
+  static void put_run(Json& json, const ReportBuilder& builder, const RunFigures& figures,
+                      double load_ms, const std::string& head_mode, bool with_samples);
+  static Json samples(const ReportBuilder& builder);
+};
+
+Json ReportWriter::samples(const ReportBuilder& builder) {
+  Json samples = Json::array();
+  for (const auto& request : builder.requests_) {
+    Json tokens = Json::array();
+    for (const TokenTiming& timing : request.result.timings) tokens.push_back(token_json(timing));
+    samples.push_back({{"prompt_tokens", request.prompt_tokens},
+                       {"output_tokens", request.output_tokens},
+                       {"failed", request.failed},
+                       {"ttft_ms", rounded(request.result.ttft_ms)},
+                       {"e2el_ms", rounded(request.result.e2el_ms)},
+                       {"tokens_ms", std::move(tokens)}});
+  }
+  return samples;
+}
+
+void ReportWriter::put_run(Json& json, const ReportBuilder& builder, const RunFigures& figures,
+                           double load_ms, const std::string& head_mode, bool with_samples) {
   std::vector<double> ttfts, tpots, itls, e2els;
   std::vector<TokenTiming> first, decode;
   std::size_t prompt_tokens = 0, output_tokens = 0, cached_rows = 0, failed = 0;
-  for (const Request& request : requests_) {
+  std::uint64_t replayed_rows = 0;
+  for (const auto& request : builder.requests_) {
     const auto& timings = request.result.timings;
     prompt_tokens += request.prompt_tokens;
     output_tokens += request.output_tokens;
     cached_rows += request.result.cached_rows;
+    replayed_rows += request.result.replayed_rows;
     failed += request.failed;
     if (timings.empty()) continue;
     ttfts.push_back(request.result.ttft_ms);
@@ -171,47 +258,37 @@ std::string ReportBuilder::json(const RunDescription& run, const LinkCounters& l
     }
   }
 
-  Json json;
-  json["schema"] = "infemeral-report";
-  json["schema_version"] = 1;
-  json["created"] = utc_now();
-  json["tool"] = run.tool;
-  json["build"] = {{"version", std::string(kVersion)},
-                   {"git_revision", std::string(kGitRevision)},
-                   {"build_type", std::string(kBuildType)},
-                   {"compiler", std::string(kCompiler)}};
-  json["environment"] = environment();
-  json["model"] = {{"type", run.model_type},
-                   {"hidden_size", run.hidden_size},
-                   {"vocab_size", run.vocab_size},
-                   {"tied_embeddings", run.tied_embeddings},
-                   {"body", run.body}};
-  json["options"] = {{"backend", run.backend}, {"server", run.server},
-                     {"wire", run.wire},       {"cipher", run.cipher},
-                     {"threads", run.threads}, {"max_tokens", run.max_tokens}};
-  json["requests"] = {{"completed", requests_.size() - failed}, {"failed", failed}};
-  json["tokens"] = {
-      {"prompt", prompt_tokens}, {"prompt_cached", cached_rows}, {"output", output_tokens}};
-  json["duration_ms"] = rounded(wall_ms);
-  json["load_ms"] = rounded(run.load_ms);
+  json["requests"] = {{"completed", builder.requests_.size() - failed}, {"failed", failed}};
+  json["tokens"] = {{"prompt", prompt_tokens},
+                    {"prompt_cached", cached_rows},
+                    {"output", output_tokens},
+                    {"replayed", replayed_rows}};
+  json["duration_ms"] = rounded(figures.wall_ms);
+  json["load_ms"] = rounded(load_ms);
   json["output_throughput"] =  // tokens a second
-      rounded(wall_ms > 0 ? 1e3 * static_cast<double>(output_tokens) / wall_ms : 0);
+      rounded(figures.wall_ms > 0 ? 1e3 * static_cast<double>(output_tokens) / figures.wall_ms : 0);
   put_latency(json, "ttft", ttfts);
   put_latency(json, "tpot", tpots);
   put_latency(json, "itl", itls);
   put_latency(json, "e2el", e2els);
   json["phases"] = {{"first_token", phases_json(first)}, {"decode", phases_json(decode)}};
+
+  const LinkCounters& link = figures.link;
   json["wire"] = {{"bytes_up", link.bytes_up},
                   {"bytes_down", link.bytes_down},
                   {"tensor_bytes_up", link.tensor_bytes_up},
                   {"tensor_bytes_down", link.tensor_bytes_down},
+                  {"packed_bytes_up", link.packed_bytes_up},
+                  {"packed_bytes_down", link.packed_bytes_down},
                   {"steps", link.steps},
-                  {"handshakes", link.handshakes}};
+                  {"handshakes", link.handshakes},
+                  {"reconnects", link.reconnects}};
+  const HeadCounters& head = figures.head;
   const auto a_token = [&](std::uint64_t count) {
     const auto tokens = static_cast<double>(head.tokens);
     return rounded(head.tokens > 0 ? static_cast<double>(count) / tokens : 0);
   };
-  json["head"] = {{"mode", run.head},
+  json["head"] = {{"mode", head_mode},
                   {"certified_tokens", head.tokens - head.full_passes - head.subset_hits},
                   {"rows_rescored", head.rows_rescored},
                   {"rows_rescored_per_token", a_token(head.rows_rescored)},
@@ -221,24 +298,52 @@ std::string ReportBuilder::json(const RunDescription& run, const LinkCounters& l
                   {"subset_hits", head.subset_hits},
                   {"subset_hits_per_token", a_token(head.subset_hits)}};
   json["memory"] = {{"peak_rss_bytes", peak_rss_bytes()},
-                    {"client_weights_bytes", client.weights_bytes},
-                    {"cloak_bytes", client.cloak_bytes},
-                    {"device_peak_bytes", client.device_peak_bytes}};
-  if (with_samples) {
-    Json samples = Json::array();
-    for (const Request& request : requests_) {
-      Json tokens = Json::array();
-      for (const TokenTiming& timing : request.result.timings) tokens.push_back(token_json(timing));
-      samples.push_back({{"prompt_tokens", request.prompt_tokens},
-                         {"output_tokens", request.output_tokens},
-                         {"failed", request.failed},
-                         {"ttft_ms", rounded(request.result.ttft_ms)},
-                         {"e2el_ms", rounded(request.result.e2el_ms)},
-                         {"tokens_ms", std::move(tokens)}});
-    }
-    json["samples"] = std::move(samples);
+                    {"device_peak_bytes", figures.client.device_peak_bytes},
+                    {"client_weights_bytes", figures.client.weights_bytes},
+                    {"embed_tokens_bytes", figures.memory.embed_tokens_bytes},
+                    {"lm_head_bytes", figures.memory.lm_head_bytes},
+                    {"head_copy_bytes", figures.client.head_copy_bytes},
+                    {"cloak_bytes", figures.client.cloak_bytes},
+                    {"body_weights_bytes", figures.memory.body_weights_bytes},
+                    {"kv_bytes_per_token", figures.memory.kv_bytes_per_token},
+                    {"kv_bytes", figures.peak_kv_positions * figures.memory.kv_bytes_per_token}};
+  if (with_samples) json["samples"] = samples(builder);
+}
+
+std::string ReportBuilder::json(const RunDescription& run, const RunFigures& figures,
+                                bool with_samples) const {
+  Json json = head_json(run);
+  ReportWriter::put_run(json, *this, figures, run.load_ms, run.head, with_samples);
+  return json.dump(2) + "\n";
+}
+
+std::string bench_report_json(const RunDescription& description, std::span<const BenchRun> runs,
+                              std::span<const CaseResult> cases, std::span<const SweepPoint> sweep,
+                              bool with_samples) {
+  Json json = head_json(description);
+  Json runs_json = Json::array();
+  for (const BenchRun& run : runs) {
+    Json entry = {{"backend", run.backend}, {"backend_name", run.backend_name}};
+    ReportWriter::put_run(entry, *run.requests, run.figures, run.load_ms, description.head,
+                          with_samples);
+    runs_json.push_back(std::move(entry));
+  }
+  json["runs"] = std::move(runs_json);
+  Json cases_json = Json::array();
+  for (const CaseResult& c : cases) cases_json.push_back(case_json(c, with_samples));
+  json["cases"] = std::move(cases_json);
+  if (!sweep.empty()) {
+    Json sweep_json = Json::array();
+    for (const SweepPoint& point : sweep) sweep_json.push_back(point_json(point));
+    json["sweep"] = std::move(sweep_json);
   }
   return json.dump(2) + "\n";
+}
+
+double ReportBuilder::busy_ms() const {
+  double ms = 0;
+  for (const Request& request : requests_) ms += request.result.e2el_ms;
+  return ms;
 }
 
 std::string ReportBuilder::phase_table() const {
@@ -246,7 +351,7 @@ std::string ReportBuilder::phase_table() const {
   double first_total = 0, decode_total = 0;
   std::size_t n_first = 0, n_decode = 0;
   const auto accumulate = [](PhaseTimes& sum, const PhaseTimes& phases) {
-    for (const Phase& phase : kPhases) sum.*phase.value += phases.*phase.value;
+    for (const PhaseName& phase : kPhases) sum.*phase.value += phases.*phase.value;
   };
   for (const Request& request : requests_) {
     const auto& timings = request.result.timings;
@@ -264,7 +369,7 @@ std::string ReportBuilder::phase_table() const {
     absl::StrAppendFormat(&table, "%-10s %14.3f %14.3f %7.1f%%\n", name, a * scale_first,
                           b * scale_decode, decode_total > 0 ? 100 * b / decode_total : 0);
   };
-  for (const Phase& phase : kPhases) line(phase.name, first.*phase.value, decode.*phase.value);
+  for (const PhaseName& phase : kPhases) line(phase.name, first.*phase.value, decode.*phase.value);
   line("explained", first.sum(), decode.sum());
   line("total", first_total, decode_total);
   return table;

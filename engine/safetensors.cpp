@@ -248,6 +248,7 @@ void TensorView::read(std::size_t begin, std::span<float> out) const {
     case Dtype::kI8:
       for (std::size_t i = 0; i < out.size(); ++i) {
         out[i] = static_cast<float>(std::to_integer<std::int8_t>(source[i]));
+        if (!row_scales.empty()) out[i] *= row_scales[(begin + i) / shape[1]];
       }
       break;
   }

@@ -30,9 +30,11 @@ struct TensorView {
   Dtype dtype = Dtype::kF32;
   std::vector<std::size_t> shape;
   std::span<const std::byte> data;
+  std::vector<float>
+      row_scales;  // kI8 of two dimensions: what read() multiplies a row with, or empty
 
   std::size_t elements() const;
-  // Element i as float32 (i8: the plain integer).
+  // Element i as float32 (i8: the integer, times its row's scale if there are scales).
   float at(std::size_t i) const;
   // Elements [begin, begin + out.size()) converted to float32; the range must be inside.
   void read(std::size_t begin, std::span<float> out) const;

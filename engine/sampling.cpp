@@ -1,7 +1,9 @@
 #include "engine/sampling.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "engine/text.h"
@@ -51,18 +53,38 @@ double gumbel_noise(std::uint64_t seed, std::uint64_t position, std::uint32_t to
   return -std::log(-std::log(uniform));
 }
 
+std::uint64_t noise_above(std::uint64_t seed, std::uint64_t position, std::uint32_t first,
+                          std::size_t n, double least) {
+  // -ln(u) >= 1 - u, so the noise is at most -ln(1 - u): below `least` where 1 - u > exp(-least).
+  // The factor is for the roundings of both sides.
+  const double rare = std::exp(-least) * (1 + 0x1p-20) * 0x1p32;
+  std::uint64_t bits = 0;
+  for (std::size_t i = 0; i < n; i += 4) {
+    const PhiloxWords words =
+        philox4x32(seed, position, (first + static_cast<std::uint32_t>(i)) / 4);
+    for (std::size_t j = 0; j < 4 && i + j < n; ++j) {
+      const bool above = static_cast<double>(~words.word[j]) + 0.5 <= rare;
+      bits |= std::uint64_t{above} << (i + j);
+    }
+  }
+  return bits;
+}
+
+double noise_needed(double best, float ceiling) {
+  if (best == -std::numeric_limits<double>::infinity()) return best;
+  return best - ceiling - (std::fabs(best) + std::fabs(ceiling)) * 0x1p-50;
+}
+
 void Scorer::start(const SampleRequest& request, std::size_t vocab_size) {
   const SamplingParams& params = request.params;
   penalty_ = params.repetition_penalty;
   inverse_temperature_ = params.greedy() ? 1.0f : 1.0f / params.temperature;
   seen_.clear();
   if (penalty_ == 1) return;
-  is_seen_.assign(vocab_size, false);
+  seen_.assign((vocab_size + 63) / 64, 0);
   for (std::int32_t id : request.history) {
     const auto index = static_cast<std::size_t>(id);
-    if (index >= vocab_size || is_seen_[index]) continue;
-    is_seen_[index] = true;
-    seen_.push_back(id);
+    if (index < vocab_size) seen_[index / 64] |= std::uint64_t{1} << index % 64;
   }
 }
 
@@ -70,16 +92,21 @@ float Scorer::penalised(float logit) const {
   return logit > 0 ? logit / penalty_ : logit * penalty_;
 }
 
-void Scorer::score(std::span<float> logits) const {
-  for (std::int32_t id : seen_) {
-    float& logit = logits[static_cast<std::size_t>(id)];
-    logit = penalised(logit);
+void Scorer::score(std::span<float> logits, std::size_t first) const {
+  if (!seen_.empty()) {
+    for (std::size_t begin = 0; begin < logits.size(); begin += 64) {
+      for (std::uint64_t bits = seen_[(first + begin) / 64]; bits != 0; bits &= bits - 1) {
+        const std::size_t i = begin + static_cast<std::size_t>(std::countr_zero(bits));
+        if (i < logits.size()) logits[i] = penalised(logits[i]);
+      }
+    }
   }
   for (float& logit : logits) logit *= inverse_temperature_;
 }
 
 float Scorer::score(float logit, std::int32_t id) const {
-  const bool seen = !seen_.empty() && is_seen_[static_cast<std::size_t>(id)];
+  const auto index = static_cast<std::size_t>(id);
+  const bool seen = !seen_.empty() && (seen_[index / 64] >> index % 64 & 1) != 0;
   return (seen ? penalised(logit) : logit) * inverse_temperature_;
 }
 
@@ -178,29 +205,94 @@ std::optional<std::int32_t> choose(std::vector<Candidate>& candidates, const Sam
   return draw(candidates, request);
 }
 
+float largest_of(std::span<const float> values) {
+  // Eight at a time, which the compiler makes vectors of.
+  constexpr std::size_t kLanes = 8;
+  constexpr float kLeast = -std::numeric_limits<float>::infinity();
+  float top[kLanes] = {kLeast, kLeast, kLeast, kLeast, kLeast, kLeast, kLeast, kLeast};
+  std::size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes) {
+    for (std::size_t j = 0; j < kLanes; ++j) {
+      top[j] = values[i + j] > top[j] ? values[i + j] : top[j];
+    }
+  }
+  float largest = kLeast;
+  for (; i < values.size(); ++i) largest = values[i] > largest ? values[i] : largest;
+  for (float t : top) largest = t > largest ? t : largest;
+  return largest;
+}
+
 std::int32_t Sampler::sample(std::span<float> logits, const SampleRequest& request) {
+  constexpr std::size_t kBlock = 64;
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
   const SamplingParams& params = request.params;
   scorer_.start(request, logits.size());
   scorer_.score(logits);
   const std::span<const float> scores = logits;
-  std::int32_t argmax = 0;
-  float max = -std::numeric_limits<float>::infinity();
-  for (std::size_t i = 0; i < scores.size(); ++i) {
-    if (scores[i] > max) {
-      max = scores[i];
-      argmax = static_cast<std::int32_t>(i);
+  const auto block = [&](std::size_t b) {
+    return scores.subspan(b * kBlock, std::min(kBlock, scores.size() - b * kBlock));
+  };
+  block_tops_.resize((scores.size() + kBlock - 1) / kBlock);
+  std::size_t top_block = 0;
+  for (std::size_t b = 0; b < block_tops_.size(); ++b) {
+    block_tops_[b] = largest_of(block(b));
+    if (block_tops_[b] > block_tops_[top_block]) top_block = b;
+  }
+  const float max = block_tops_[top_block];
+  const auto argmax = [&] {
+    const std::span<const float> s = block(top_block);
+    const auto first = std::find(s.begin(), s.end(), max) - s.begin();
+    return first < static_cast<std::ptrdiff_t>(s.size())
+               ? static_cast<std::int32_t>(top_block * kBlock + static_cast<std::size_t>(first))
+               : 0;
+  };
+  if (params.greedy() || !std::isfinite(max)) return argmax();
+
+  // Only tokens that the filters might keep, or that might win the draw, need to be looked at.
+  candidates_.clear();
+  const std::size_t k = static_cast<std::size_t>(params.top_k);
+  const bool top_k = k > 0 && k < scores.size(), top_p = params.top_p < 1;
+  if (!top_k && !top_p && params.min_p == 0) {
+    const std::int32_t likely = argmax();
+    const double best =
+        max + gumbel_noise(params.seed, request.position, static_cast<std::uint32_t>(likely));
+    for (std::size_t b = 0; b < block_tops_.size(); ++b) {
+      if (block_tops_[b] == kNone) continue;
+      const std::span<const float> s = block(b);
+      std::uint64_t bits =
+          noise_above(params.seed, request.position, static_cast<std::uint32_t>(b * kBlock),
+                      s.size(), noise_needed(best, block_tops_[b]));
+      for (; bits != 0; bits &= bits - 1) {
+        const auto i = static_cast<std::size_t>(std::countr_zero(bits));
+        const auto id = static_cast<std::int32_t>(b * kBlock + i);
+        if (s[i] > kNone && id != likely) candidates_.push_back({s[i], id});
+      }
+    }
+    candidates_.push_back({max, likely});
+    return *choose(candidates_, request, {});
+  }
+  float floor = kNone;
+  if (top_k && k <= block_tops_.size()) {
+    // k blocks reach the k-th largest of their maxima, so the k-th largest score is not below it.
+    scratch_ = block_tops_;
+    const auto kth = scratch_.begin() + static_cast<std::ptrdiff_t>(k - 1);
+    std::nth_element(scratch_.begin(), kth, scratch_.end(), std::greater<>());
+    floor = *kth;
+  }
+  if (!top_p) {
+    floor = std::max(floor, min_p_floor(max, params.min_p));
+  } else if (std::fabs(max) < 0x1p18f) {
+    // exp(-28) is no unit of probability_mass: such tokens are in no nucleus and no sum.
+    floor = std::max(floor, max - 28);
+  }
+  for (std::size_t b = 0; b < block_tops_.size(); ++b) {
+    if (!(block_tops_[b] >= floor)) continue;
+    const std::span<const float> s = block(b);
+    for (std::size_t i = 0; i < s.size(); ++i) {
+      if (s[i] >= floor) candidates_.push_back({s[i], static_cast<std::int32_t>(b * kBlock + i)});
     }
   }
-  if (params.greedy() || !std::isfinite(max)) return argmax;
-
-  // Every token is a candidate; those that a floor will drop anyway need not be copied.
-  const float floor =
-      params.top_p < 1 ? -std::numeric_limits<float>::infinity() : min_p_floor(max, params.min_p);
-  candidates_.clear();
-  for (std::size_t i = 0; i < scores.size(); ++i) {
-    if (scores[i] >= floor) candidates_.push_back({scores[i], static_cast<std::int32_t>(i)});
-  }
-  return choose(candidates_, request, {}).value_or(argmax);
+  return choose(candidates_, request, {}).value_or(argmax());
 }
 
 }  // namespace infemeral

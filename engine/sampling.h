@@ -44,6 +44,15 @@ PhiloxWords philox4x32(std::uint64_t seed, std::uint64_t subsequence, std::uint6
 // The Gumbel noise of a token at a position: a function of its three arguments alone.
 double gumbel_noise(std::uint64_t seed, std::uint64_t position, std::uint32_t token);
 
+// Which of the tokens first, ..., first + n - 1 can have a noise of at least `least`: few more than
+// have. Bit i for token first + i. n <= 64; first is a multiple of 4. Cheap: takes no logarithms.
+std::uint64_t noise_above(std::uint64_t seed, std::uint64_t position, std::uint32_t first,
+                          std::size_t n, double least);
+
+// The noise that lifts a score of at most `ceiling` to `best`, or a little less: sums with noise
+// are rounded, which matters where scores are large.
+double noise_needed(double best, float ceiling);
+
 // One row of the head's work.
 struct SampleRequest {
   SamplingParams params;
@@ -57,7 +66,8 @@ struct SampleRequest {
 class Scorer {
  public:
   void start(const SampleRequest& request, std::size_t vocab_size);
-  void score(std::span<float> logits) const;  // a whole row, indexed by id; in place
+  // Of the tokens first, first + 1, ...; in place. `first` is a multiple of 64.
+  void score(std::span<float> logits, std::size_t first = 0) const;
   float score(float logit, std::int32_t id) const;
 
  private:
@@ -65,8 +75,7 @@ class Scorer {
 
   float penalty_ = 1;
   float inverse_temperature_ = 1;
-  std::vector<std::int32_t> seen_;  // ids of the history, each once; empty without a penalty
-  std::vector<bool> is_seen_;
+  std::vector<std::uint64_t> seen_;  // a bit for each id of the history; empty without a penalty
 };
 
 // A token that may be chosen.
@@ -96,15 +105,21 @@ struct Rest {
 std::optional<std::int32_t> choose(std::vector<Candidate>& candidates, const SampleRequest& request,
                                    const Rest& rest);
 
-// Chooses a token from `logits` (one per vocabulary entry; overwritten as scratch). NaN logits are
-// never chosen; ties go to the lowest id. Keeps its buffers between calls: one Sampler per thread.
+// Chooses a token from `logits` (one per vocabulary entry, at least one; overwritten as scratch).
+// NaN logits are never chosen; ties go to the lowest id. Keeps its buffers between calls: one
+// Sampler per thread.
 class Sampler {
  public:
   std::int32_t sample(std::span<float> logits, const SampleRequest& request);
 
  private:
   Scorer scorer_;
+  std::vector<float> block_tops_;  // the largest score of every 64 tokens
+  std::vector<float> scratch_;
   std::vector<Candidate> candidates_;
 };
+
+// The largest of up to 64 values; NaN is none of them. Minus infinity when there is none.
+float largest_of(std::span<const float> values);
 
 }  // namespace infemeral

@@ -61,28 +61,42 @@ std::string StopFilter::finish() {
   return stopped_ ? std::string() : std::exchange(held_, {});
 }
 
+TextJob::TextJob(const TextAssets& assets, TextRequest request, TextCallback on_text)
+    : decoder_(*assets.tokenizer, /*skip_special_tokens=*/true),
+      filter_(std::move(request.stop)),
+      on_text_(std::move(on_text)) {
+  job.request = {.prompt = std::move(request.prompt),
+                 .max_tokens = request.max_tokens,
+                 .sampling = request.sampling};
+  if (!request.ignore_end_tokens) job.request.end_tokens = assets.defaults.end_tokens;
+  job.on_token = [this](std::int32_t token) { return push(token); };
+  job.result = &result.generation;
+}
+
+void TextJob::show(std::string piece) {
+  if (piece.empty()) return;
+  result.text += piece;
+  if (on_text_) on_text_(piece);
+}
+
+bool TextJob::push(std::int32_t token) {
+  show(filter_.push(decoder_.push(token)));
+  return !filter_.stopped();
+}
+
+void TextJob::finish() {
+  show(filter_.push(decoder_.finish()));
+  show(filter_.finish());
+  result.stopped = filter_.stopped() || result.generation.finish == FinishReason::kEndToken;
+}
+
 absl::Status generate_text(Pipeline& pipeline, const TextAssets& assets, const TextRequest& request,
                            const TextCallback& on_text, std::stop_token stop, TextResult& result) {
-  result = {};
-  GenerateRequest generate{
-      .prompt = request.prompt, .max_tokens = request.max_tokens, .sampling = request.sampling};
-  if (!request.ignore_end_tokens) generate.end_tokens = assets.defaults.end_tokens;
-
-  StreamDecoder decoder(*assets.tokenizer, /*skip_special_tokens=*/true);
-  StopFilter filter(request.stop);
-  const auto show = [&](std::string piece) {
-    if (piece.empty()) return;
-    result.text += piece;
-    if (on_text) on_text(piece);
-  };
-  const auto on_token = [&](std::int32_t token) {
-    show(filter.push(decoder.push(token)));
-    return !filter.stopped();
-  };
-  const absl::Status status = pipeline.generate(generate, on_token, stop, result.generation);
-  show(filter.push(decoder.finish()));
-  show(filter.finish());
-  result.stopped = filter.stopped() || result.generation.finish == FinishReason::kEndToken;
+  TextJob text(assets, request, on_text);
+  const absl::Status status =
+      pipeline.generate(text.job.request, text.job.on_token, stop, text.result.generation);
+  text.finish();
+  result = std::move(text.result);
   return status;
 }
 

@@ -74,6 +74,30 @@ struct TextResult {
 // their concatenation is TextResult::text.
 using TextCallback = std::function<void(std::string_view piece)>;
 
+// A text that is being generated: the job for Pipeline::generate_all, and what comes of it. Neither
+// copied nor moved, since the job points into it.
+class TextJob {
+ public:
+  // `assets` is borrowed until the job has ended.
+  TextJob(const TextAssets& assets, TextRequest request, TextCallback on_text);
+  TextJob(const TextJob&) = delete;
+  TextJob& operator=(const TextJob&) = delete;
+
+  GenerateJob job;
+  TextResult result;  // complete after finish()
+
+  // Once the job has ended, well or badly: shows what was held back.
+  void finish();
+
+ private:
+  bool push(std::int32_t token);
+  void show(std::string piece);
+
+  StreamDecoder decoder_;
+  StopFilter filter_;
+  const TextCallback on_text_;
+};
+
 // On an error, `result` holds what was made before it. Errors: those of Pipeline::generate.
 absl::Status generate_text(Pipeline& pipeline, const TextAssets& assets, const TextRequest& request,
                            const TextCallback& on_text, std::stop_token stop, TextResult& result);

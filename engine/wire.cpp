@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "engine/float16.h"
+#include "engine/wire_avx2.h"
 
 namespace infemeral {
 namespace {
@@ -22,23 +23,52 @@ std::size_t i8_blocks(std::size_t cols) {
   return (cols + kI8Block - 1) / kI8Block;
 }
 
+void encode_f16(std::span<const float> row, std::byte* out) {
+  std::size_t j = wire_avx2_available() ? encode_f16_avx2(row.data(), row.size(), out) : 0;
+  for (; j < row.size(); ++j) {
+    const std::uint16_t half = f16_clamped(row[j]);
+    std::memcpy(out + 2 * j, &half, 2);
+  }
+}
+
+void decode_f16(const std::byte* in, std::span<float> row) {
+  std::size_t j = wire_avx2_available() ? decode_f16_avx2(in, row.size(), row.data()) : 0;
+  for (; j < row.size(); ++j) {
+    std::uint16_t half;
+    std::memcpy(&half, in + 2 * j, 2);
+    row[j] = f16_to_f32(half);
+  }
+}
+
+float max_magnitude(std::span<const float> block) {
+  if (block.size() == kI8Block && wire_avx2_available()) return max_magnitude_avx2(block.data());
+  float max = 0;
+  for (float x : block) max = std::max(max, std::fabs(x));
+  return max;
+}
+
+void quantize(std::span<const float> block, float inverse, std::byte* out) {
+  if (block.size() == kI8Block && wire_avx2_available()) {
+    quantize_block_avx2(block.data(), inverse, out);
+    return;
+  }
+  for (std::size_t j = 0; j < block.size(); ++j) {
+    const float scaled = std::clamp(block[j] * inverse, -127.0f, 127.0f);
+    out[j] = static_cast<std::byte>(
+        static_cast<std::int8_t>(std::isnan(scaled) ? 0 : std::lrintf(scaled)));
+  }
+}
+
 void encode_i8(std::span<const float> row, std::byte* out) {
   std::byte* values = out + 2 * i8_blocks(row.size());
   for (std::size_t begin = 0; begin < row.size(); begin += kI8Block) {
     const auto block = row.subspan(begin, std::min(kI8Block, row.size() - begin));
-    float max = 0;
-    for (float x : block) max = std::max(max, std::fabs(x));
-    const std::uint16_t half_scale = f16_clamped(max / 127.0f);
+    const std::uint16_t half_scale = f16_clamped(max_magnitude(block) / 127.0f);
     std::memcpy(out + 2 * (begin / kI8Block), &half_scale, 2);
     // Dividing by the rounded scale, the one that the reader has, keeps the error below half a
     // step.
     const float scale = f16_to_f32(half_scale);
-    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (std::size_t j = 0; j < block.size(); ++j) {
-      const float scaled = std::clamp(block[j] * inverse, -127.0f, 127.0f);
-      values[begin + j] = static_cast<std::byte>(
-          static_cast<std::int8_t>(std::isnan(scaled) ? 0 : std::lrintf(scaled)));
-    }
+    quantize(block, scale > 0 ? 1.0f / scale : 0.0f, values + begin);
   }
 }
 
@@ -99,10 +129,7 @@ void encode_wire_row(WireDtype dtype, std::span<const float> row, std::byte* out
       std::memcpy(out, row.data(), row.size_bytes());
       return;
     case WireDtype::kF16:
-      for (std::size_t j = 0; j < row.size(); ++j) {
-        const std::uint16_t half = f16_clamped(row[j]);
-        std::memcpy(out + 2 * j, &half, 2);
-      }
+      encode_f16(row, out);
       return;
     case WireDtype::kI8:
       encode_i8(row, out);
@@ -116,11 +143,7 @@ void decode_wire_row(WireDtype dtype, const std::byte* in, std::span<float> row)
       std::memcpy(row.data(), in, row.size_bytes());
       return;
     case WireDtype::kF16:
-      for (std::size_t j = 0; j < row.size(); ++j) {
-        std::uint16_t half;
-        std::memcpy(&half, in + 2 * j, 2);
-        row[j] = f16_to_f32(half);
-      }
+      decode_f16(in, row);
       return;
     case WireDtype::kI8:
       decode_i8(in, row);
