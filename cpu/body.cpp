@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/attention.h"
 #include "cpu/body_weights.h"
 #include "cpu/guard.h"
@@ -78,7 +79,7 @@ class CpuBody final : public Body {
   void plan_attention();
   void for_rows(std::size_t row_elements, absl::FunctionRef<void(std::size_t)> body);
 
-  static Rows rows(std::vector<float>& buffer, std::size_t count, std::size_t width) {
+  static Rows rows(AlignedFloats& buffer, std::size_t count, std::size_t width) {
     if (buffer.size() < count * width) buffer.resize(count * width);
     return {buffer.data(), width};
   }
@@ -102,8 +103,7 @@ class CpuBody final : public Body {
   Rows qkv_;           // m x (n_heads + 2 n_kv_heads) * head_dim
   Rows heads_;         // m x n_heads * head_dim
   Rows gate_, up_;     // m x intermediate
-  std::vector<float> x_buffer_, hidden_buffer_, qkv_buffer_, heads_buffer_, gate_buffer_,
-      up_buffer_;
+  AlignedFloats x_buffer_, hidden_buffer_, qkv_buffer_, heads_buffer_, gate_buffer_, up_buffer_;
   std::vector<Segment> segments_;
 };
 
@@ -333,6 +333,12 @@ absl::Status read_manifest(const std::filesystem::path& folder, BodyInfo& info) 
   if (!text.ok()) return text.status();
   const auto json = parse_json(*text, file.string());
   if (!json.ok()) return absl::DataLossError(json.status().message());
+  const auto version = json->is_object() ? json->find("format_version") : json->end();
+  if (version == json->end() ||
+      (*version != kBodyFormatVersion && *version != kInt8BodyFormatVersion)) {
+    return absl::DataLossError(cat(file.string(), " has a format_version that this build does not ",
+                                   "read; run its engine_prep again"));
+  }
   for (const auto& [name, field] : {std::pair{"model_fingerprint", &info.model_fingerprint},
                                     std::pair{"cloak_commitment", &info.cloak_commitment}}) {
     const auto it = json->is_object() ? json->find(name) : json->end();
@@ -348,10 +354,25 @@ absl::Status read_manifest(const std::filesystem::path& folder, BodyInfo& info) 
   return absl::OkStatus();
 }
 
+// A folder without config.json: what it probably is, so that the user can name the right one.
+absl::Status not_a_body(const std::filesystem::path& folder) {
+  std::error_code ignored;
+  const auto holds = [&](const char* name) {
+    return std::filesystem::exists(folder / name, ignored);
+  };
+  return absl::NotFoundError(cat(
+      folder.string(), " is not a body folder",
+      holds("body/config.json") ? cat("; it holds one, though: use ", (folder / "body").string())
+      : holds("engine.json")    ? "; it is a client folder: use the body folder beside it"
+                                : "; use the body folder that engine_prep wrote"));
+}
+
 absl::StatusOr<std::unique_ptr<Body>> load(const std::filesystem::path& folder,
                                            const CpuBodyOptions& options) {
   const auto kernels = simd::choose_kernels();
   if (!kernels.ok()) return kernels.status();
+  std::error_code ignored;
+  if (!std::filesystem::exists(folder / "config.json", ignored)) return not_a_body(folder);
   auto weights = BodyWeights::load(folder);
   if (!weights.ok()) return weights.status();
   const ModelConfig& config = weights->config;

@@ -16,9 +16,10 @@ struct CpuBodyOptions {
 };
 
 // Loads a checkpoint that engine_prep rotated, whose infemeral.json says to which client it
-// belongs, or a plain one, whose fingerprints are then zero. Weights in f16, bf16 or f32 stay
-// mapped. InvalidArgument for a max_context beyond the model's; DataLoss for a damaged
-// infemeral.json; otherwise the errors of Safetensors, load_model_config and simd::choose_kernels.
+// belongs, or a plain one, whose fingerprints are then zero. Weights in f16, bf16, f32 or
+// engine_prep's i8 stay mapped. NotFound for a folder without config.json; InvalidArgument for a
+// max_context beyond the model's; DataLoss for a damaged infemeral.json; otherwise the errors of
+// Safetensors, load_model_config and simd::choose_kernels.
 //
 // A row's result does not depend on the rows, sessions and threads that it shares a run() with: all
 // of them give the same bits.

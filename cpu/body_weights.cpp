@@ -3,6 +3,7 @@
 #include <string>
 #include <utility>
 
+#include "cpu/int8_weights.h"
 #include "engine/text.h"
 
 namespace infemeral {
@@ -24,13 +25,16 @@ class Reader {
 
   LinearWeights linear(const std::string& name, std::size_t out, std::size_t in, bool bias) {
     LinearWeights weights;
-    if (const TensorView* view = get(name + ".weight", {out, in})) {
-      absl::StatusOr<Matrix> matrix = matrix_of(*view, name + ".weight");
-      if (matrix.ok()) {
-        weights.weight = *matrix;
-      } else {
-        status_ = matrix.status();
+    if (status_.ok()) {
+      const std::size_t shape[] = {out, in};
+      auto tensor = find_matrix(tensors_, name + ".weight", shape);
+      if (!tensor.ok()) {
+        status_ = tensor.status();
+        return weights;
       }
+      weights.tensor = *std::move(tensor);
+      const auto matrix = matrix_of(weights.tensor, name + ".weight");
+      matrix.ok() ? void(weights.weight = *matrix) : void(status_ = matrix.status());
     }
     if (bias) weights.bias = vector(name + ".bias", out);
     return weights;

@@ -13,6 +13,7 @@ namespace infemeral {
 
 // [out, in] and, where the architecture has one, a bias [out].
 struct LinearWeights {
+  TensorView tensor;  // what weight points into, where it is not the file
   Matrix weight;
   std::vector<float> bias;  // empty: none
 
@@ -31,6 +32,10 @@ struct LayerWeights {
   LinearWeights gate, up;             // intermediate x H
   LinearWeights down;                 // H x intermediate
 };
+
+// The format_version of infemeral.json, which engine_prep writes beside a body.
+inline constexpr int kBodyFormatVersion = 1;
+inline constexpr int kInt8BodyFormatVersion = 2;
 
 struct BodyWeights {
   // A Hugging Face folder, rotated by engine_prep or plain. Errors: those of Safetensors and of

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/cloak_matrix.h"
 #include "cpu/guard.h"
 #include "cpu/int8_head.h"
@@ -40,16 +41,26 @@ class CpuClientBackend final : public ClientBackend {
         pool_(options.threads),
         name_(cat("cpu (", kernels.name, ")")),
         mode_(options.head),
-        noise_(options.cloak_noise),
-        final_gain_(hidden_size()) {
-    folder_.final_norm.read(0, final_gain_);
+        folded_(folder_.manifest.cloak_mode == CloakMode::kFolded),
+        noise_(options.cloak_noise) {
+    if (!folded_) {
+      final_gain_.resize(hidden_size());
+      folder_.final_norm.read(0, final_gain_);
+    }
     if (mode_ == HeadMode::kCertified || mode_ == HeadMode::kInt8) {
-      int8_.emplace(lm_head_, kernels_, pool_);
+      int8_.emplace(lm_head_, kernels_, pool_, options.progress);
     }
     if (mode_ == HeadMode::kSubset) {
       subset_rows_.emplace(lm_head_, subset_ids);
       subset_.emplace(std::move(subset_ids), vocab_size());
     }
+  }
+
+  // Copies of folded rows are as secret as the cloak.
+  ~CpuClientBackend() override {
+    if (!folded_) return;
+    if (int8_) int8_->wipe();
+    if (subset_rows_) subset_rows_->wipe();
   }
 
   std::string_view name() const override { return name_; }
@@ -60,8 +71,9 @@ class CpuClientBackend final : public ClientBackend {
     MemoryUse use;
     use.weights_bytes = folder_.embed_tokens.data.size() + folder_.final_norm.data.size();
     if (lm_head_.data != embed_tokens_.data) use.weights_bytes += folder_.lm_head.data.size();
-    if (int8_) use.weights_bytes += int8_->bytes();
-    if (subset_rows_) use.weights_bytes += subset_rows_->bytes();
+    if (int8_) use.head_copy_bytes = int8_->bytes();
+    if (subset_rows_) use.head_copy_bytes = subset_rows_->bytes();
+    use.weights_bytes += use.head_copy_bytes;
     if (cloak_) use.cloak_bytes = cloak_->bytes();
     return use;
   }
@@ -99,15 +111,15 @@ class CpuClientBackend final : public ClientBackend {
   static Matrix table(const TensorView& view) {
     return {simd::Format::kF16, view.data.data(), view.shape[0], view.shape[1]};
   }
-  static void grow(std::vector<float>& buffer, std::size_t size) {
+  static void grow(AlignedFloats& buffer, std::size_t size) {
     if (buffer.size() < size) buffer.resize(size);
   }
-  Rows buffer(std::vector<float>& buffer, std::size_t rows) const {
+  Rows buffer(AlignedFloats& buffer, std::size_t rows) const {
     grow(buffer, rows * hidden_size());
     return {buffer.data(), hidden_size()};
   }
 
-  Rows vocab_rows(std::vector<float>& buffer, std::size_t rows) const {
+  Rows vocab_rows(AlignedFloats& buffer, std::size_t rows) const {
     grow(buffer, rows * vocab_size());
     return {buffer.data(), vocab_size()};
   }
@@ -137,7 +149,7 @@ class CpuClientBackend final : public ClientBackend {
     for (std::size_t begin = 0; begin < ids.size(); begin += kEmbedRows) {
       const std::size_t m = std::min(kEmbedRows, ids.size() - begin);
       PhaseClock clock;
-      const Rows plain = buffer(plain_, m), cloaked = buffer(cloaked_, m);
+      const Rows cloaked = buffer(cloaked_, m), plain = folded_ ? cloaked : buffer(plain_, m);
       for (std::size_t i = 0; i < m; ++i) {
         const auto* row = reinterpret_cast<const std::uint16_t*>(
             embed_tokens_.data +
@@ -146,8 +158,10 @@ class CpuClientBackend final : public ClientBackend {
       }
       clock.lap(times.embed_ms);
 
-      if (absl::Status status = ensure_cloak(); !status.ok()) return status;
-      multiply(cloak_->transposed(), plain, m, cloaked);
+      if (!folded_) {
+        if (absl::Status status = ensure_cloak(); !status.ok()) return status;
+        multiply(cloak_->transposed(), plain, m, cloaked);
+      }
       for (std::size_t i = 0; i < m; ++i) {
         noise_.add({cloaked[i], hidden_size()});
         encode_wire_row(dtype, {cloaked[i], hidden_size()}, out.data() + (begin + i) * row_bytes);
@@ -205,15 +219,20 @@ class CpuClientBackend final : public ClientBackend {
     clock.lap(times.sample_ms);
   }
 
-  // The same tokens as choose_from_logits with the full head gives. Rows read in float16 count as
-  // de-embedding, though sampling asks for them.
+  // The same tokens as choose_from_logits with the full head gives. The threads that multiply look
+  // for candidates as well, and rows are read in float16: both count as de-embedding.
   void choose_certified(std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
                         PhaseTimes& times) {
     const std::size_t m = requests.size();
-    const Rows lower = vocab_rows(logits_, m), upper = vocab_rows(upper_, m);
+    if (certified_.size() < m) certified_.resize(m);
     PhaseClock clock;
     int8_->load(state(0), m);
-    int8_->intervals(lower, upper);
+    for (std::size_t i = 0; i < m; ++i) {
+      certified_[i].start(requests[i], vocab_size(), static_cast<std::size_t>(pool_.threads()));
+    }
+    int8_->intervals(
+        [&](std::size_t i, std::size_t worker, std::size_t first, std::span<float> lower,
+            std::span<float> upper) { certified_[i].observe(worker, first, lower, upper); });
     clock.lap(times.de_embed_ms);
     for (std::size_t i = 0; i < m; ++i) {
       std::optional<std::int32_t> token;
@@ -223,11 +242,11 @@ class CpuClientBackend final : public ClientBackend {
           score_rows(candidates, state(i));
           clock.lap(times.de_embed_ms);
         };
-        token = certified_.sample({lower[i], vocab_size()}, {upper[i], vocab_size()}, requests[i],
-                                  rescore, counters_);
+        token = certified_[i].finish(rescore, counters_);
       }
       ++counters_.tokens;
-      tokens[i] = token ? *token : choose_full(i, lower.from(i), requests[i], clock, times);
+      tokens[i] =
+          token ? *token : choose_full(i, vocab_rows(logits_, 1), requests[i], clock, times);
       clock.lap(times.sample_ms);
     }
   }
@@ -287,13 +306,20 @@ class CpuClientBackend final : public ClientBackend {
     }
   }
 
-  // Single rows of the product that multiply(lm_head_, ...) takes of all: the same kernel and the
-  // same bits.
+  // Single rows of the product that multiply(lm_head_, ...) takes of all: the same bits.
   void score_rows(std::span<Candidate> candidates, const Rows& x) {
-    pool_.for_ranges(candidates.size(), linear_grain(1, hidden_size()), 1, [&](const Range& range) {
-      for (Candidate& c : candidates.subspan(range.begin, range.end - range.begin)) {
-        const Matrix row = lm_head_.row(static_cast<std::size_t>(c.id));
-        linear_rows(kernels_, {.weight = &row, .out = {&c.score, 1}}, x, 1, 0, 1);
+    constexpr std::size_t kBatch = 64;
+    pool_.for_ranges(candidates.size(), linear_grain(1, hidden_size()), 8, [&](const Range& range) {
+      const void* rows[kBatch];
+      float scores[kBatch];
+      for (std::size_t begin = range.begin; begin < range.end; begin += kBatch) {
+        const auto batch = candidates.subspan(begin, std::min(kBatch, range.end - begin));
+        for (std::size_t i = 0; i < batch.size(); ++i) {
+          rows[i] = lm_head_.row(static_cast<std::size_t>(batch[i].id)).data;
+        }
+        kernels_.matmul_picked[static_cast<std::size_t>(lm_head_.format)](
+            {.a = x.data, .rows = rows, .c = scores, .n = batch.size(), .k = hidden_size()});
+        for (std::size_t i = 0; i < batch.size(); ++i) batch[i].score = scores[i];
       }
     });
   }
@@ -304,11 +330,11 @@ class CpuClientBackend final : public ClientBackend {
   }
 
   // The states that lm_head is multiplied with, gain * (y' * Q^T), for m rows in the wire format;
-  // state(i) is where they lie then.
+  // state(i) is where they lie then. A folded head takes y' itself.
   absl::Status uncloak(std::span<const std::byte> rows, WireDtype dtype, std::size_t m,
                        PhaseTimes& times) {
     PhaseClock clock;
-    const Rows cloaked = buffer(cloaked_, m), plain = buffer(plain_, m);
+    const Rows plain = buffer(plain_, m), cloaked = folded_ ? plain : buffer(cloaked_, m);
     for (std::size_t i = 0; i < m; ++i) {
       const std::span<float> row(cloaked[i], hidden_size());
       decode_wire_row(dtype, rows.data() + i * wire_row_bytes(dtype, hidden_size()), row);
@@ -319,6 +345,7 @@ class CpuClientBackend final : public ClientBackend {
       }
     }
     clock.lap(times.decode_ms);
+    if (folded_) return absl::OkStatus();
 
     if (absl::Status status = ensure_cloak(); !status.ok()) return status;
     multiply(cloak_->rows(), cloaked, m, plain);
@@ -350,21 +377,21 @@ class CpuClientBackend final : public ClientBackend {
   ThreadPool pool_;
   std::string name_;
   const HeadMode mode_;
+  const bool folded_;  // the tables are rotated, and the gain is in lm_head
   CloakNoise noise_;
   std::optional<Int8Head> int8_;           // of the certified and the int8 head
   std::optional<SubsetRows> subset_rows_;  // of the subset head: n x H
   std::optional<SubsetSampler> subset_;
-  std::vector<float> final_gain_;     // H
+  std::vector<float> final_gain_;     // H; empty when folded
   std::optional<CloakMatrix> cloak_;  // made on first use
-  std::vector<float> plain_;          // rows x H
-  std::vector<float> cloaked_;        // rows x H
-  std::vector<float> residual_;       // rows x H
-  std::vector<float> correction_;     // rows x H
-  std::vector<float> logits_;         // rows x V; certified: the lower ends
-  std::vector<float> upper_;          // rows x V
-  std::vector<float> subset_logits_;  // rows x n
+  AlignedFloats plain_;               // rows x H
+  AlignedFloats cloaked_;             // rows x H
+  AlignedFloats residual_;            // rows x H
+  AlignedFloats correction_;          // rows x H
+  AlignedFloats logits_;              // rows x V
+  AlignedFloats subset_logits_;       // rows x n
   Sampler sampler_;
-  CertifiedSampler certified_;
+  std::vector<CertifiedSampler> certified_;  // one a row
   HeadCounters counters_;
 };
 

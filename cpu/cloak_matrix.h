@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/linear.h"
 #include "engine/cloak.h"
 
@@ -31,6 +32,9 @@ class CloakMatrix {
         }
       }
     }
+    // Half as long again from pages of 4 KB.
+    move_to_huge_pages(cloak_.values().data(), cloak_.values().size_bytes());
+    move_to_huge_pages(transposed_.data(), transposed_.size() * sizeof(std::uint16_t));
   }
   ~CloakMatrix() { sodium_memzero(transposed_.data(), transposed_.size() * sizeof(std::uint16_t)); }
   CloakMatrix(const CloakMatrix&) = delete;

@@ -1,6 +1,7 @@
 #include "cpu/kv_cache.h"
 
 #include <sodium.h>
+#include <sys/mman.h>
 
 #include <cstring>
 #include <new>
@@ -9,16 +10,22 @@
 
 namespace infemeral {
 
-KvCache::~KvCache() {
-  for (const auto& page : pages_) sodium_memzero(page.get(), page_bytes());
+void KvCache::WipeAndUnmap::operator()(std::byte* page) const {
+  sodium_memzero(page, bytes);
+  munmap(page, bytes);
+}
+
+KvCache::Page KvCache::map_page(std::size_t bytes) {
+  void* page = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED) throw std::bad_alloc();
+  return Page(static_cast<std::byte*>(page), {bytes});
 }
 
 absl::Status KvCache::resize(std::uint32_t keep, std::uint32_t length) {
   const std::size_t pages = (std::size_t{length} + kPagePositions - 1) / kPagePositions;
   try {
     pages_.reserve(pages);
-    // Left as the system gives it: attention reads no position that was not written.
-    while (pages_.size() < pages) pages_.emplace_back(new std::byte[page_bytes()]);
+    while (pages_.size() < pages) pages_.push_back(map_page(page_bytes()));
   } catch (const std::bad_alloc&) {
     length_ = keep < length_ ? keep : length_;
     return absl::ResourceExhaustedError(cat("no memory for a KV cache of ", length, " positions (",

@@ -33,7 +33,6 @@ class KvCache final : public BodySession {
  public:
   // `owner` tells the sessions of one body from those of another.
   KvCache(const KvShape& shape, const void* owner) : shape_(shape), owner_(owner) {}
-  ~KvCache() override;
   KvCache(const KvCache&) = delete;
   KvCache& operator=(const KvCache&) = delete;
 
@@ -65,9 +64,18 @@ class KvCache final : public BodySession {
     return pages_[page].get() + index * kPagePositions * shape_.head_dim * shape_.element_bytes();
   }
 
+  // A page is a mapping of its own: what a session held goes back to the system when it ends, and
+  // not to a heap that keeps it.
+  struct WipeAndUnmap {
+    std::size_t bytes = 0;
+    void operator()(std::byte* page) const;
+  };
+  using Page = std::unique_ptr<std::byte[], WipeAndUnmap>;
+  static Page map_page(std::size_t bytes);  // throws std::bad_alloc
+
   KvShape shape_;
   const void* owner_;
-  std::vector<std::unique_ptr<std::byte[]>> pages_;
+  std::vector<Page> pages_;
   std::uint32_t length_ = 0;
 };
 

@@ -19,10 +19,13 @@ absl::StatusOr<Matrix> matrix_of(const TensorView& tensor, std::string_view name
       matrix.format = simd::Format::kBF16;
       return matrix;
     case Dtype::kI8:
-      break;
+      if (tensor.row_scales.empty()) break;
+      matrix.format = simd::Format::kI8;
+      matrix.scales = tensor.row_scales.data();
+      return matrix;
   }
-  return absl::UnimplementedError(
-      cat("tensor ", name, " is ", dtype_name(tensor.dtype), "; weights must be F32, F16 or BF16"));
+  return absl::UnimplementedError(cat("tensor ", name, " is ", dtype_name(tensor.dtype),
+                                      "; weights must be F32, F16, BF16, or I8 with scales"));
 }
 
 void linear_rows(const simd::Kernels& kernels, const Linear& product, const Rows& x, std::size_t m,
@@ -38,6 +41,11 @@ void linear_rows(const simd::Kernels& kernels, const Linear& product, const Rows
                                                       .m = m,
                                                       .n = end - begin,
                                                       .k = w.cols});
+  if (w.scales != nullptr) {
+    for (std::size_t i = 0; i < m; ++i) {
+      for (std::size_t j = begin; j < end; ++j) out[i][j] *= w.scales[j];
+    }
+  }
   if (product.bias == nullptr) return;
   for (std::size_t i = 0; i < m; ++i) {
     for (std::size_t j = begin; j < end; ++j) out[i][j] += product.bias[j];

@@ -18,14 +18,20 @@ struct Matrix {
   const std::byte* data = nullptr;
   std::size_t rows = 0;
   std::size_t cols = 0;
+  const float* scales = nullptr;  // kI8: one for each row
 
   std::size_t row_bytes() const {
-    return cols * (format == simd::Format::kF32 ? sizeof(float) : sizeof(std::uint16_t));
+    return cols * (format == simd::Format::kF32  ? sizeof(float)
+                   : format == simd::Format::kI8 ? sizeof(std::int8_t)
+                                                 : sizeof(std::uint16_t));
   }
-  Matrix row(std::size_t i) const { return {format, data + i * row_bytes(), 1, cols}; }
+  Matrix row(std::size_t i) const {
+    return {format, data + i * row_bytes(), 1, cols, scales == nullptr ? nullptr : scales + i};
+  }
 };
 
-// The matrix of a two-dimensional tensor; Unimplemented, naming it, for a dtype without a kernel.
+// The matrix of a two-dimensional tensor, which must live as long (an I8 one's scales are its own);
+// Unimplemented, naming it, for a dtype without a kernel.
 absl::StatusOr<Matrix> matrix_of(const TensorView& tensor, std::string_view name);
 
 // Rows of floats, `stride` apart.

@@ -6,10 +6,12 @@
 #include "engine/float16.h"
 
 namespace infemeral {
+namespace {
 
-NarrowFaults narrow(std::span<const double> values, Dtype dtype, std::byte* out) {
+template <typename T>
+NarrowFaults narrow_values(std::span<const T> values, Dtype dtype, std::byte* out) {
   NarrowFaults faults;
-  for (const double value : values) {
+  for (const T value : values) {
     const auto single = static_cast<float>(value);
     float stored = single;
     if (dtype == Dtype::kF32) {
@@ -23,6 +25,15 @@ NarrowFaults narrow(std::span<const double> values, Dtype dtype, std::byte* out)
     out += dtype_bytes(dtype);
   }
   return faults;
+}
+
+}  // namespace
+
+NarrowFaults narrow(std::span<const double> values, Dtype dtype, std::byte* out) {
+  return narrow_values(values, dtype, out);
+}
+NarrowFaults narrow(std::span<const float> values, Dtype dtype, std::byte* out) {
+  return narrow_values(values, dtype, out);
 }
 
 }  // namespace infemeral

@@ -1,4 +1,4 @@
-// From float64 to the dtypes of files, with an eye on what they cannot hold.
+// From the numbers of products to the dtypes of files, with an eye on what they cannot hold.
 #pragma once
 
 #include <cmath>
@@ -32,5 +32,6 @@ struct NarrowFaults {
 // Writes values as `dtype` (kF32, kF16 or kBF16) to out, which holds values.size() elements at any
 // alignment. Rounds to float32 first; values too small become subnormal or zero.
 NarrowFaults narrow(std::span<const double> values, Dtype dtype, std::byte* out);
+NarrowFaults narrow(std::span<const float> values, Dtype dtype, std::byte* out);
 
 }  // namespace infemeral

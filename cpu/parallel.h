@@ -1,4 +1,4 @@
-// Threads of the CPU backend: parallel loops over index ranges, through oneTBB.
+// Threads of the CPU backend: parallel loops over index ranges.
 #pragma once
 
 #include <cstddef>
@@ -19,9 +19,11 @@ struct Range {
   std::size_t worker = 0;  // below ThreadPool::threads(); no two calls at once have the same
 };
 
-// Up to `threads` threads at once, the caller included. Pools of one process draw on one set of
-// worker threads, as many as the machine has, so a client and a body in one process share the
-// machine. A pool may be used by one thread at a time.
+// Up to `threads` threads at once, the caller included. Pools of one process share one crew of
+// worker threads, so a client and a body in one process, which take turns, do not fight for the
+// machine; a loop that finds the crew at another pool's work is done by its caller alone. Workers
+// stay awake for some tens of microseconds after a loop and then sleep. A pool may be used by one
+// thread at a time; different pools by different threads.
 class ThreadPool {
  public:
   // 0: physical_cores(); never more than the hardware threads that this process may run on.
@@ -34,13 +36,14 @@ class ThreadPool {
 
   // Calls body for ranges that make up [0, n), from several threads, and returns when
   // all are done. `grain` is the number of indices below which handing work to another thread
-  // does not pay; ranges begin at multiples of `align`. Must not be nested; body must not throw.
+  // does not pay; ranges begin at multiples of `align`. Must not be nested. What body
+  // throws is thrown again here, the first of several, when the other ranges are done.
   void for_ranges(std::size_t n, std::size_t grain, std::size_t align,
                   absl::FunctionRef<void(const Range&)> body);
 
  private:
-  struct Arena;
-  std::unique_ptr<Arena> arena_;  // null for one thread
+  class Crew;
+  std::shared_ptr<Crew> crew_;  // null for one thread
   int threads_;
 };
 

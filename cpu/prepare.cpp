@@ -13,8 +13,10 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "cpu/body_weights.h"
+#include "cpu/client_tables.h"
 #include "cpu/model_hash.h"
-#include "cpu/narrow.h"
+#include "cpu/parallel.h"
 #include "cpu/rotate_body.h"
 #include "cpu/rotation.h"
 #include "cpu/self_check.h"
@@ -30,7 +32,6 @@ namespace fs = std::filesystem;
 constexpr char kEmbed[] = "model.embed_tokens.weight";
 constexpr char kHead[] = "lm_head.weight";
 constexpr char kFinalNorm[] = "model.norm.weight";
-constexpr int kBodyFormatVersion = 1;
 constexpr std::size_t kMaxConfigBytes = 16 << 20;
 constexpr std::size_t kBlockElements = 1 << 20;  // of a client tensor, converted at a time
 
@@ -84,9 +85,19 @@ class Preparation {
   }
 
   absl::Status read_model() {
-    if (o_.body_dtype == Dtype::kI8 || o_.max_shard_bytes == 0) {
-      return absl::InvalidArgumentError(
-          "the body's dtype must be F32, F16 or BF16 and its shards must have a size");
+    if (o_.max_shard_bytes == 0) {
+      return absl::InvalidArgumentError("the body's shards must have a size");
+    }
+    for (const char* name : {"config.json", "tokenizer.json"}) {
+      std::error_code ignored;
+      if (fs::exists(o_.model_dir / name, ignored)) continue;
+      return absl::NotFoundError(
+          cat(o_.model_dir.string(), " holds no ", name,
+              fs::exists(o_.model_dir / "infemeral.json", ignored) ||
+                      fs::exists(o_.model_dir / "client" / "engine.json", ignored)
+                  ? "; it is what engine_prep wrote: give the model that this was made from"
+                  : "; give a model's folder in Hugging Face's format, with config.json, "
+                    "*.safetensors and tokenizer.json"));
     }
     auto config = load_model_config(o_.model_dir);
     if (!config.ok()) return config.status();
@@ -103,12 +114,7 @@ class Preparation {
     const std::size_t hidden = result_.config.hidden_size;
     if (absl::Status s = get(kEmbed, {result_.config.vocab_size, hidden}, embed_); !s.ok())
       return s;
-    if (absl::Status s = get(kFinalNorm, {hidden}, final_norm_); !s.ok()) return s;
-    std::error_code ignored;
-    if (!fs::exists(o_.model_dir / "tokenizer.json", ignored)) {
-      return absl::NotFoundError(cat(o_.model_dir.string(), " holds no tokenizer.json"));
-    }
-    return absl::OkStatus();
+    return get(kFinalNorm, {hidden}, final_norm_);
   }
 
   // Refuses what would be overwritten, before any work, and makes the temporary folder.
@@ -156,6 +162,10 @@ class Preparation {
       head_ = *std::move(head);
     }
     result_.tied_embeddings = !has_head || equal_tensors(embed_, head_);
+    if (has_head) {  // two gigabytes of a large model
+      model_.release_pages(embed_);
+      model_.release_pages(head_);
+    }
     if (!result_.tied_embeddings) {
       if (says_tied) {
         say(LogLevel::kWarning, cat("config.json says tie_word_embeddings, but ", kHead,
@@ -163,7 +173,13 @@ class Preparation {
       }
       return absl::OkStatus();
     }
-    result_.saved_bytes = embed_.elements() * dtype_bytes(Dtype::kF16);
+    const std::size_t table_bytes = embed_.elements() * dtype_bytes(Dtype::kF16);
+    if (folded()) {
+      say(LogLevel::kInfo, cat("embeddings are tied, but folded tables are two: ", kHead,
+                               " takes another ", megabytes(table_bytes)));
+      return absl::OkStatus();
+    }
+    result_.saved_bytes = table_bytes;
     say(LogLevel::kInfo, cat("embeddings are tied: ", kHead, " is not stored, which saves ",
                              megabytes(result_.saved_bytes)));
     return absl::OkStatus();
@@ -191,53 +207,28 @@ class Preparation {
     return absl::OkStatus();
   }
 
+  bool folded() const { return o_.cloak_mode == CloakMode::kFolded; }
+
+  ClientTables tables() const {
+    return {.embed = embed_,
+            .lm_head = head_.data.data() != nullptr ? head_ : embed_,
+            .final_norm = final_norm_,
+            .tied = result_.tied_embeddings};
+  }
+
   absl::Status write_client_weights() {
-    struct Part {
-      const char* source;
-      const char* name;
-      const TensorView* view;
-      Dtype dtype;
-    };
-    // Widest first: see SafetensorsWriter.
-    std::vector<Part> parts = {{kFinalNorm, "final_norm.weight", &final_norm_, Dtype::kF32},
-                               {kEmbed, "embed_tokens.weight", &embed_, Dtype::kF16}};
-    if (!result_.tied_embeddings) parts.push_back({kHead, "lm_head.weight", &head_, Dtype::kF16});
-    std::vector<SafetensorsWriter::Declaration> declarations;
-    double done = 0, total = 0;
-    for (const Part& part : parts) {
-      declarations.push_back({part.name, part.dtype, part.view->shape});
-      total += static_cast<double>(part.view->elements());
-      result_.client_bytes += part.view->elements() * dtype_bytes(part.dtype);
-    }
-    auto writer = SafetensorsWriter::create(
-        temp_ / "client" / "client.safetensors", declarations,
-        {{"tied_embeddings", result_.tied_embeddings ? "true" : "false"}});
-    if (!writer.ok()) return writer.status();
-    for (const Part& part : parts) {
-      hash_.add(part.source, *part.view);
-      NarrowFaults faults;
-      for (std::size_t begin = 0; begin < part.view->elements(); begin += kBlockElements) {
-        const std::size_t count = std::min(kBlockElements, part.view->elements() - begin);
-        std::vector<float> values(count);
-        part.view->read(begin, values);
-        const std::vector<double> wide(values.begin(), values.end());
-        std::vector<std::byte> bytes(count * dtype_bytes(part.dtype));
-        faults.add(narrow(wide, part.dtype, bytes.data()));
-        if (absl::Status s = (*writer)->write(bytes); !s.ok()) return s;
-        done += static_cast<double>(count);
-        progress("client", done, total);
-        if (o_.stop.stop_requested()) return interrupted();
-      }
-      if (faults.count > 0) {
-        return absl::InvalidArgumentError(cat("tensor ", quote_name(part.source), " has ",
-                                              faults.count, " values that the client's ",
-                                              dtype_name(part.dtype), " cannot hold, the largest ",
-                                              faults.largest, "; this model cannot be prepared"));
-      }
-      model_.release_pages(*part.view);
-    }
-    if (result_.tied_embeddings && head_.data.data() != nullptr) hash_.add(kHead, head_);
-    return (*writer)->finish();
+    const auto bytes = write_client_tables(
+        temp_ / "client" / "client.safetensors", tables(), model_,
+        {.fold = folded() ? &*rotation_ : nullptr,
+         .commitment = commitment_,
+         .progress = [this](double done, double total) { progress("client", done, total); },
+         .stop = o_.stop},
+        hash_);
+    if (!bytes.ok()) return bytes.status();
+    result_.client_bytes = *bytes;
+    // Of tied tables that are stored twice only one was read.
+    if (head_.data.data() != nullptr) hash_.add(kHead, head_);
+    return absl::OkStatus();
   }
 
   absl::Status write_body() {
@@ -265,15 +256,16 @@ class Preparation {
 
   absl::Status write_descriptions() {
     const ModelConfig& config = result_.config;
-    if (absl::Status s = save_client_manifest({.model_type = config.model_type,
-                                               .hidden_size = config.hidden_size,
-                                               .vocab_size = config.vocab_size,
-                                               .max_context = config.max_context,
-                                               .tied_embeddings = result_.tied_embeddings,
-                                               .cloak_mode = o_.cloak_mode,
-                                               .model_fingerprint = result_.model_fingerprint,
-                                               .cloak_commitment = commitment_},
-                                              temp_ / "client");
+    if (absl::Status s =
+            save_client_manifest({.model_type = config.model_type,
+                                  .hidden_size = config.hidden_size,
+                                  .vocab_size = config.vocab_size,
+                                  .max_context = config.max_context,
+                                  .tied_embeddings = result_.tied_embeddings && !folded(),
+                                  .cloak_mode = o_.cloak_mode,
+                                  .model_fingerprint = result_.model_fingerprint,
+                                  .cloak_commitment = commitment_},
+                                 temp_ / "client");
         !s.ok()) {
       return s;
     }
@@ -282,12 +274,14 @@ class Preparation {
                              "chat_template.jinja"}) {
       std::error_code error;
       if (!fs::exists(o_.model_dir / name, error)) continue;
-      fs::copy_file(o_.model_dir / name, temp_ / "client" / name, error);
-      if (error) return errno_status(error.value(), "cannot copy", o_.model_dir / name);
+      const fs::path copy = temp_ / "client" / name;
+      fs::copy_file(o_.model_dir / name, copy, error);
+      if (error) return errno_status(error.value(), cat("cannot copy ", name, " to"), copy);
     }
     if (absl::Status s = write_body_config(); !s.ok()) return s;
     const nlohmann::ordered_json manifest = {
-        {"format_version", kBodyFormatVersion},
+        {"format_version",
+         o_.body_dtype == Dtype::kI8 ? kInt8BodyFormatVersion : kBodyFormatVersion},
         {"body_dtype", dtype_name(o_.body_dtype)},
         {"model_fingerprint", fingerprint_text(result_.model_fingerprint)},
         {"cloak_commitment", fingerprint_text(commitment_)},
@@ -322,9 +316,13 @@ class Preparation {
     auto config = parse_json(*text, "config.json");
     if (!config.ok()) return config.status();
     nlohmann::json& c = *config;
-    const char* dtype = o_.body_dtype == Dtype::kF32   ? "float32"
-                        : o_.body_dtype == Dtype::kF16 ? "float16"
-                                                       : "bfloat16";
+    const char* dtype = o_.body_dtype == Dtype::kF16    ? "float16"
+                        : o_.body_dtype == Dtype::kBF16 ? "bfloat16"
+                                                        : "float32";
+    // Loaders that do not know the format must not take the integers for weights.
+    if (o_.body_dtype == Dtype::kI8) {
+      c["quantization_config"] = {{"quant_method", ModelConfig::kInt8Method}};
+    }
     // transformers 5 writes "dtype", earlier ones "torch_dtype".
     if (c.contains("dtype")) c["dtype"] = dtype;
     if (c.contains("torch_dtype") || !c.contains("dtype")) c["torch_dtype"] = dtype;
@@ -337,6 +335,15 @@ class Preparation {
 
   // On the files as they are now: what stands in them is what a server will read.
   absl::Status check_body() {
+    if (folded()) {
+      const auto check =
+          check_folded_tables(temp_ / "client" / "client.safetensors", tables(), *rotation_);
+      if (!check.ok()) return check.status();
+      if (!(check->error <= check->tolerance)) {
+        return absl::InternalError(cat("self-check failed: the client's folded tables are off by ",
+                                       check->error, "; allowed is ", check->tolerance));
+      }
+    }
     const auto body = Safetensors::open_folder(temp_ / "body");
     if (!body.ok()) return body.status();
     const auto config = load_model_config(temp_ / "body");
@@ -367,20 +374,26 @@ class Preparation {
     return absl::OkStatus();
   }
 
-  // Renames: a folder is there complete, or not at all. What is replaced moves into the temporary
-  // folder, and goes with it.
+  // Renames: both folders are there complete, or those that were there before. What is replaced
+  // moves into the temporary folder, and goes with it.
   absl::Status publish() {
+    std::vector<std::pair<fs::path, fs::path>> moved;
     for (const char* part : {"body", "client"}) {
       const fs::path target = o_.output_dir / part;
       const fs::path old = temp_ / cat("old-", part);
       std::error_code error, ignored;
-      const bool replaced = fs::exists(fs::symlink_status(target, ignored));
-      if (replaced) fs::rename(target, old, error);
-      if (!error) {
-        fs::rename(temp_ / part, target, error);
-        if (error && replaced) fs::rename(old, target, ignored);
+      const auto move = [&](const fs::path& from, const fs::path& to) {
+        if (error) return;
+        fs::rename(from, to, error);
+        if (!error) moved.emplace_back(from, to);
+      };
+      if (fs::exists(fs::symlink_status(target, ignored))) move(target, old);
+      move(temp_ / part, target);
+      if (!error) continue;
+      for (; !moved.empty(); moved.pop_back()) {
+        fs::rename(moved.back().second, moved.back().first, ignored);
       }
-      if (error) return errno_status(error.value(), "cannot rename to", target);
+      return errno_status(error.value(), "cannot rename to", target);
     }
     made_output_ = false;
     return absl::OkStatus();
@@ -403,7 +416,7 @@ class Preparation {
 
 absl::StatusOr<PrepareResult> prepare_model(const PrepareOptions& options) {
   try {
-    tbb::task_arena arena(options.threads > 0 ? options.threads : tbb::task_arena::automatic);
+    tbb::task_arena arena(options.threads > 0 ? options.threads : physical_cores());
     return arena.execute([&] { return Preparation(options).run(); });
   } catch (const std::bad_alloc&) {
     return absl::ResourceExhaustedError("not enough memory to prepare this model");

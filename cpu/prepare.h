@@ -9,6 +9,10 @@
 // every tensor that they expect. Its norms have gain 1, except those on q and k. infemeral.json
 // holds format_version, body_dtype, model_fingerprint and cloak_commitment. Nothing in it is
 // secret.
+//
+// An int8 body is for this engine only, and has format version 2: its matrices are I8 with a scale
+// for each row beside them (cpu/int8_weights.h), its vectors F32, and its config.json has a
+// quantization_config with quant_method "infemeral_int8", at which stock loaders stop.
 #pragma once
 
 #include <cstddef>
@@ -27,14 +31,16 @@ namespace infemeral {
 struct PrepareOptions {
   std::filesystem::path model_dir;
   std::filesystem::path output_dir;  // made when it does not exist
-  // kF32, kF16 or kBF16. Float16 suits a rotated model whatever it came in: the rotation spreads
+  // Float16 suits a rotated model whatever it came in: the rotation spreads
   // large weights over their row, so float16's range is enough, and it keeps 3 bits more than
-  // bfloat16.
+  // bfloat16. kI8 halves what a server reads for a token and costs accuracy (docs/accuracy.md).
   Dtype body_dtype = Dtype::kF16;
+  // kFolded: no work for the cloak in any token, for an lm_head of its own even where embeddings
+  // are tied, and one more rounding to float16 of every row.
   CloakMode cloak_mode = CloakMode::kEager;
   const CloakSeed* seed = nullptr;  // null: a fresh random one
   bool overwrite = false;           // replace folders that an earlier preparation wrote
-  int threads = 0;                  // 0: one a core
+  int threads = 0;                  // 0: physical_cores()
   std::size_t max_shard_bytes = 4'000'000'000;
   LogSink log;
   ProgressSink progress;  // stages "cloak", "client", "body", "check"
@@ -44,7 +50,7 @@ struct PrepareOptions {
 struct PrepareResult {
   ModelConfig config;
   Fingerprint model_fingerprint{};
-  bool tied_embeddings = false;
+  bool tied_embeddings = false;  // the model's
   std::size_t client_bytes = 0;  // size of client.safetensors
   std::size_t body_bytes = 0;    // size of the body's tensors
   std::size_t saved_bytes = 0;   // lm_head that did not have to be stored

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numbers>
 
+#include "cpu/int8_weights.h"
 #include "engine/text.h"
 
 namespace infemeral {
@@ -129,7 +130,8 @@ absl::StatusOr<LayerTensors> find_layer(const Safetensors& weights, const ModelC
   };
   for (const Need& need : needs) {
     if (!need.present) continue;
-    auto view = weights.get(prefix + need.name, need.shape);
+    auto view = need.shape.size() == 2 ? find_matrix(weights, prefix + need.name, need.shape)
+                                       : weights.get(prefix + need.name, need.shape);
     if (!view.ok()) return view.status();
     *need.view = *std::move(view);
   }

@@ -2,8 +2,10 @@
 
 #include <oneapi/tbb/blocked_range.h>
 #include <oneapi/tbb/parallel_for.h>
+#include <oneapi/tbb/parallel_invoke.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -12,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "cpu/int8_weights.h"
 #include "cpu/narrow.h"
 #include "cpu/reference_block.h"
 #include "engine/json_file.h"
@@ -20,8 +23,8 @@
 namespace infemeral {
 namespace {
 
-// A few blocks' worth of float64 is all that is held of a matrix at a time.
-constexpr std::size_t kBlockRows = 512;   // of a matrix that reads the stream
+// A few blocks' worth is all that is held of a matrix in float64 or float32 at a time.
+constexpr std::size_t kBlockRows = 1024;  // of a matrix that reads the stream
 constexpr std::size_t kBlockCols = 1024;  // of one that writes it
 
 enum class Make {
@@ -44,6 +47,11 @@ struct BodyTensor {
     std::size_t n = 1;
     for (const std::size_t size : shape) n *= size;
     return n;
+  }
+  // In a body of `dtype`: only matrices are kept as I8.
+  Dtype stored_as(Dtype dtype) const {
+    const bool is_matrix = make == Make::kRead || make == Make::kWrite;
+    return dtype == Dtype::kI8 && !is_matrix ? Dtype::kF32 : dtype;
   }
 };
 
@@ -95,12 +103,18 @@ class ShardWriter {
       : folder_(std::move(folder)) {
     std::size_t shard_bytes = 0;
     for (const BodyTensor& tensor : tensors) {
-      const std::size_t bytes = tensor.elements() * dtype_bytes(dtype);
+      const Dtype stored = tensor.stored_as(dtype);
+      const bool scaled = stored == Dtype::kI8;
+      const std::size_t bytes =
+          tensor.elements() * dtype_bytes(stored) + (scaled ? tensor.shape[0] * sizeof(float) : 0);
       if (shards_.empty() || (shard_bytes > 0 && bytes > max_bytes - shard_bytes)) {
         shards_.emplace_back();
         shard_bytes = 0;
       }
-      shards_.back().push_back({tensor.name, dtype, tensor.shape});
+      shards_.back().push_back({tensor.name, stored, tensor.shape});
+      if (scaled) {
+        shards_.back().push_back({scale_name(tensor.name), Dtype::kF32, {tensor.shape[0]}});
+      }
       shard_bytes += bytes;
       total_bytes_ += bytes;
     }
@@ -160,6 +174,10 @@ class Maker {
 
   absl::Status make(const BodyTensor& tensor) {
     faults_ = {};
+    dtype_ = tensor.stored_as(options_.dtype);
+    // Int8 rows are made from float32 ones.
+    row_dtype_ = dtype_ == Dtype::kI8 ? Dtype::kF32 : dtype_;
+    scales_.assign(dtype_ == Dtype::kI8 ? tensor.shape[0] : 0, 0.0f);
     absl::Status status;
     switch (tensor.make) {
       case Make::kZeros:
@@ -173,23 +191,26 @@ class Maker {
         status = write_vector(tensor);
         break;
       case Make::kRead:
-        status = fold_read(tensor);
+        status = exact() ? fold_read<double>(tensor) : fold_read<float>(tensor);
         break;
       case Make::kWrite:
-        status = fold_write(tensor);
+        status = exact() ? fold_write<double>(tensor) : fold_write<float>(tensor);
         break;
     }
     if (!status.ok()) return status;
     if (faults_.count > 0) {
       return absl::InvalidArgumentError(
           cat("the body's tensor ", quote_name(tensor.name), " has ", faults_.count,
-              " values that ", dtype_name(options_.dtype), " cannot hold, the largest ",
+              " values that ", dtype_name(row_dtype_), " cannot hold, the largest ",
               faults_.largest, "; choose another body dtype, or check the model's file"));
     }
     return absl::OkStatus();
   }
 
  private:
+  // Sixteen bits, or eight, round more than float32 products do (cpu/rotation.h).
+  bool exact() const { return options_.dtype == Dtype::kF32; }
+
   absl::Status advance(std::size_t elements) {
     done_ += static_cast<double>(elements);
     if (options_.progress) options_.progress(done_, total_);
@@ -214,42 +235,46 @@ class Maker {
   }
 
   absl::Status write_values(std::span<const double> values) {
-    std::vector<std::byte> bytes(values.size() * dtype_bytes(options_.dtype));
-    faults_.add(narrow(values, options_.dtype, bytes.data()));
+    std::vector<std::byte> bytes(values.size() * dtype_bytes(dtype_));
+    faults_.add(narrow(values, dtype_, bytes.data()));
     if (absl::Status status = writer_.write(bytes); !status.ok()) return status;
     return advance(values.size());
   }
 
   // Rows of W in blocks, each written as it is done.
+  template <typename T>
   absl::Status fold_read(const BodyTensor& tensor) {
     const std::size_t rows = tensor.shape[0], h = tensor.shape[1];
     std::vector<float> gain(h);
     tensor.gain.read(0, gain);
-    std::vector<double> w(kBlockRows * h), folded(kBlockRows * h);
-    std::vector<std::byte> bytes(kBlockRows * h * dtype_bytes(options_.dtype));
+    std::vector<T> w(kBlockRows * h), folded(kBlockRows * h);
+    const std::size_t width = dtype_bytes(row_dtype_);
+    std::vector<std::byte> bytes(kBlockRows * h * width);
     for (std::size_t first = 0; first < rows; first += kBlockRows) {
       const std::size_t count = std::min(kBlockRows, rows - first);
       each_row(count, [&](std::size_t r, std::vector<float>& scratch) {
         scratch.resize(h);
         tensor.source.read((first + r) * h, scratch);
-        for (std::size_t i = 0; i < h; ++i) w[r * h + i] = double{scratch[i]} * gain[i];
+        for (std::size_t i = 0; i < h; ++i) w[r * h + i] = T{scratch[i]} * gain[i];
       });
-      rotation_.fold_read(count, std::span(w).first(count * h), std::span(folded).first(count * h));
+      rotation_.fold_read(count, std::span<const T>(w).first(count * h),
+                          std::span(folded).first(count * h));
       each_row(count, [&](std::size_t r, std::vector<float>&) {
-        store({folded.data() + r * h, h}, bytes.data() + r * h * dtype_bytes(options_.dtype));
+        store(std::span<const T>(folded).subspan(r * h, h), bytes.data() + r * h * width);
       });
-      const auto block = std::span(bytes).first(count * h * dtype_bytes(options_.dtype));
-      if (absl::Status status = writer_.write(block); !status.ok()) return status;
+      const auto block = std::span(bytes).first(count * h * width);
+      if (absl::Status status = write_rows(first, h, block); !status.ok()) return status;
       if (absl::Status status = advance(count * h); !status.ok()) return status;
     }
-    return absl::OkStatus();
+    return write_scales();
   }
 
   // Columns of W in blocks; the file wants rows, so the result is gathered in its own dtype first.
+  template <typename T>
   absl::Status fold_write(const BodyTensor& tensor) {
     const std::size_t h = tensor.shape[0], cols = tensor.shape[1];
-    const std::size_t block_cols = std::min(kBlockCols, cols), width = dtype_bytes(options_.dtype);
-    std::vector<double> w(h * block_cols), folded(h * block_cols);
+    const std::size_t block_cols = std::min(kBlockCols, cols), width = dtype_bytes(row_dtype_);
+    std::vector<T> w(h * block_cols), folded(h * block_cols);
     std::vector<std::byte> bytes(h * cols * width);
     for (std::size_t first = 0; first < cols; first += block_cols) {
       const std::size_t count = std::min(block_cols, cols - first);
@@ -258,14 +283,37 @@ class Maker {
         tensor.source.read(r * cols + first, scratch);
         std::copy(scratch.begin(), scratch.end(), w.data() + r * count);
       });
-      rotation_.fold_write(count, std::span(w).first(h * count),
+      rotation_.fold_write(count, std::span<const T>(w).first(h * count),
                            std::span(folded).first(h * count));
       each_row(h, [&](std::size_t r, std::vector<float>&) {
-        store({folded.data() + r * count, count}, bytes.data() + (r * cols + first) * width);
+        store(std::span<const T>(folded).subspan(r * count, count),
+              bytes.data() + (r * cols + first) * width);
       });
       if (absl::Status status = advance(h * count); !status.ok()) return status;
     }
-    return writer_.write(bytes);
+    if (absl::Status status = write_rows(0, cols, bytes); !status.ok()) return status;
+    return write_scales();
+  }
+
+  // Whole rows of `cols` row_dtype_ elements, the first of them row `first` of the matrix.
+  absl::Status write_rows(std::size_t first, std::size_t cols, std::span<const std::byte> rows) {
+    if (dtype_ != Dtype::kI8) return writer_.write(rows);
+    if (faults_.count > 0) return absl::OkStatus();  // make() says so
+    const std::size_t count = rows.size() / (cols * sizeof(float));
+    std::vector<std::byte> quantised(count * cols);
+    each_row(count, [&](std::size_t r, std::vector<float>& scratch) {
+      scratch.resize(cols);
+      std::memcpy(scratch.data(), rows.data() + r * cols * sizeof(float), cols * sizeof(float));
+      scales_[first + r] =
+          quantise_weights(scratch, reinterpret_cast<std::int8_t*>(quantised.data() + r * cols));
+    });
+    return writer_.write(quantised);
+  }
+
+  absl::Status write_scales() {
+    if (scales_.empty() || faults_.count > 0) return absl::OkStatus();
+    if (absl::Status status = writer_.begin_tensor(); !status.ok()) return status;
+    return writer_.write(std::as_bytes(std::span(scales_)));
   }
 
   // work(row, scratch) for every row, in parallel; scratch is a thread's own.
@@ -277,8 +325,9 @@ class Maker {
     });
   }
 
-  void store(std::span<const double> values, std::byte* out) {
-    const NarrowFaults faults = narrow(values, options_.dtype, out);
+  template <typename T>
+  void store(std::span<const T> values, std::byte* out) {
+    const NarrowFaults faults = narrow(values, row_dtype_, out);
     if (faults.count == 0) return;
     const std::lock_guard lock(faults_mutex_);
     faults_.add(faults);
@@ -289,6 +338,9 @@ class Maker {
   ShardWriter& writer_;
   const double total_;
   double done_ = 0;
+  // Of the tensor that is being made: how it is stored, and in what its rows are gathered.
+  Dtype dtype_ = Dtype::kF32, row_dtype_ = Dtype::kF32;
+  std::vector<float> scales_;
   std::mutex faults_mutex_;
   NarrowFaults faults_;
 };
@@ -307,11 +359,16 @@ absl::StatusOr<std::size_t> rotate_body(const ModelConfig& config, const Safeten
   Maker maker(rotation, options, writer, total);
   for (const BodyTensor& tensor : *tensors) {
     if (absl::Status status = writer.begin_tensor(); !status.ok()) return status;
-    if (absl::Status status = maker.make(tensor); !status.ok()) return status;
-    if (tensor.make != Make::kZeros) {
-      hash.add(tensor.name, tensor.source);
-      model.release_pages(tensor.source);
+    if (tensor.make == Make::kZeros) {
+      if (absl::Status status = maker.make(tensor); !status.ok()) return status;
+      continue;
     }
+    // The hash is one thread's work, and the product most of the others'.
+    absl::Status status;
+    tbb::parallel_invoke([&] { status = maker.make(tensor); },
+                         [&] { hash.add(tensor.name, tensor.source); });
+    if (!status.ok()) return status;
+    model.release_pages(tensor.source);
   }
   if (absl::Status status = writer.finish(); !status.ok()) return status;
   return writer.total_bytes();

@@ -15,12 +15,30 @@ namespace {
 constexpr double kInverseTolerance = 1e-12;
 constexpr int kMaxNewtonSteps = 6;
 
-void wipe(std::vector<double>& values) {
-  sodium_memzero(values.data(), values.size() * sizeof(double));
+template <typename T>
+void wipe(std::vector<T>& values) {
+  sodium_memzero(values.data(), values.size() * sizeof(T));
 }
 
-ConstMatrix view(std::span<const double> values, std::size_t cols) {
+template <typename T>
+BasicConstMatrix<T> view(const std::vector<T>& values, std::size_t cols) {
   return {values.data(), static_cast<std::ptrdiff_t>(cols)};
+}
+
+// out = w M for rows of n, and out = Q^T w, for matrices in T.
+template <typename T>
+void multiply_rows(const std::vector<T>& m, std::size_t n, std::size_t rows, std::span<const T> w,
+                   std::span<T> out) {
+  std::fill(out.begin(), out.end(), T{0});
+  gemm_add(rows, n, n, T{1}, BasicConstMatrix<T>{w.data(), static_cast<std::ptrdiff_t>(n)},
+           view(m, n), out.data(), n);
+}
+template <typename T>
+void fold_write_with(const std::vector<T>& q, std::size_t n, std::size_t cols, std::span<const T> w,
+                     std::span<T> out) {
+  std::fill(out.begin(), out.end(), T{0});
+  gemm_add(n, cols, n, T{1}, view(q, n).transposed(),
+           BasicConstMatrix<T>{w.data(), static_cast<std::ptrdiff_t>(cols)}, out.data(), cols);
 }
 
 }  // namespace
@@ -39,12 +57,12 @@ absl::StatusOr<Rotation> Rotation::make(const Cloak& cloak) {
     // residual = I - Q^T X
     std::fill(residual.begin(), residual.end(), 0.0);
     for (std::size_t i = 0; i < n; ++i) residual[i * n + i] = 1;
-    gemm_add(n, n, n, -1, view(result.q_, n).transposed(), view(x, n), residual.data(), n);
+    gemm_add(n, n, n, -1.0, view(result.q_, n).transposed(), view(x, n), residual.data(), n);
     error = 0;
     for (const double r : residual) error = std::fabs(r) <= error ? error : std::fabs(r);
     if (error <= kInverseTolerance || step == kMaxNewtonSteps) break;
     next = x;
-    gemm_add(n, n, n, 1, view(x, n), view(residual, n), next.data(), n);
+    gemm_add(n, n, n, 1.0, view(x, n), view(residual, n), next.data(), n);
     std::swap(x, next);
   }
   wipe(residual);
@@ -53,28 +71,38 @@ absl::StatusOr<Rotation> Rotation::make(const Cloak& cloak) {
     return absl::InternalError(
         cat("the cloak's inverse is off by ", error, "; allowed is ", kInverseTolerance));
   }
+  result.q_f32_.assign(result.q_.begin(), result.q_.end());
+  result.inverse_transpose_f32_.assign(x.begin(), x.end());
   return result;
 }
 
 Rotation::~Rotation() {
   wipe(q_);
   wipe(inverse_transpose_);
+  wipe(q_f32_);
+  wipe(inverse_transpose_f32_);
 }
 
 void Rotation::fold_read(std::size_t rows, std::span<const double> w, std::span<double> out) const {
-  std::fill(out.begin(), out.end(), 0.0);
-  gemm_add(rows, n_, n_, 1, view(w, n_), view(inverse_transpose_, n_), out.data(), n_);
+  multiply_rows(inverse_transpose_, n_, rows, w, out);
+}
+void Rotation::fold_read(std::size_t rows, std::span<const float> w, std::span<float> out) const {
+  multiply_rows(inverse_transpose_f32_, n_, rows, w, out);
 }
 
 void Rotation::fold_write(std::size_t cols, std::span<const double> w,
                           std::span<double> out) const {
-  std::fill(out.begin(), out.end(), 0.0);
-  gemm_add(n_, cols, n_, 1, view(q_, n_).transposed(), view(w, cols), out.data(), cols);
+  fold_write_with(q_, n_, cols, w, out);
+}
+void Rotation::fold_write(std::size_t cols, std::span<const float> w, std::span<float> out) const {
+  fold_write_with(q_f32_, n_, cols, w, out);
 }
 
 void Rotation::rotate(std::size_t rows, std::span<const double> x, std::span<double> out) const {
-  std::fill(out.begin(), out.end(), 0.0);
-  gemm_add(rows, n_, n_, 1, view(x, n_), view(q_, n_), out.data(), n_);
+  multiply_rows(q_, n_, rows, x, out);
+}
+void Rotation::rotate(std::size_t rows, std::span<const float> x, std::span<float> out) const {
+  multiply_rows(q_f32_, n_, rows, x, out);
 }
 
 }  // namespace infemeral

@@ -1,4 +1,6 @@
-// The cloak folded into weights, in float64.
+// The cloak folded into weights: in float64, or, for bodies that are stored in fewer bits, with
+// the same matrices in float32, whose error (about 1e-6 of a row) is lost in what such a body
+// rounds.
 //
 // The client multiplies by the *float16* matrix Q, which is orthogonal only to about 1e-4. So what
 // reads the residual stream is folded with Q's exact inverse, and nothing is lost inside the body:
@@ -34,16 +36,20 @@ class Rotation {
   std::size_t hidden_size() const { return n_; }
   // out = w Q^-T for `rows` rows of H, both row-major and apart.
   void fold_read(std::size_t rows, std::span<const double> w, std::span<double> out) const;
+  void fold_read(std::size_t rows, std::span<const float> w, std::span<float> out) const;
   // out = Q^T w for w of H x cols, both row-major and apart.
   void fold_write(std::size_t cols, std::span<const double> w, std::span<double> out) const;
-  // out = x Q for `rows` rows of H: a bias, or states as the client sends them.
+  void fold_write(std::size_t cols, std::span<const float> w, std::span<float> out) const;
+  // out = x Q for `rows` rows of H: a bias, states as the client sends them, or its embeddings.
   void rotate(std::size_t rows, std::span<const double> x, std::span<double> out) const;
+  void rotate(std::size_t rows, std::span<const float> x, std::span<float> out) const;
 
  private:
   Rotation() = default;
   std::size_t n_ = 0;
   std::vector<double> q_;                  // Q, row-major
   std::vector<double> inverse_transpose_;  // Q^-T, row-major
+  std::vector<float> q_f32_, inverse_transpose_f32_;
 };
 
 }  // namespace infemeral

@@ -20,6 +20,9 @@ double unit_roundoff(Dtype dtype) {
       return 0x1p-11;
     case Dtype::kBF16:
       return 0x1p-8;
+    case Dtype::kI8:
+      return 0x1p-7;  // half a step, of the 127 that a row's largest weight has, over a weight's
+                      // size
     default:
       return 0x1p-24;
   }

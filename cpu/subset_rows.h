@@ -2,6 +2,8 @@
 // that of the whole matrix.
 #pragma once
 
+#include <sodium.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -12,7 +14,7 @@
 
 namespace infemeral {
 
-// Immutable. Row i is row ids[i] of the matrix that it was made from.
+// Row i is row ids[i] of the matrix that it was made from.
 class SubsetRows {
  public:
   SubsetRows(const Matrix& all, std::span<const std::int32_t> ids)
@@ -25,6 +27,9 @@ class SubsetRows {
   }
   SubsetRows(const SubsetRows&) = delete;  // matrix_ points into values_
   SubsetRows& operator=(const SubsetRows&) = delete;
+
+  // Overwrites the copy, for rows that are secret.
+  void wipe() { sodium_memzero(values_.data(), values_.size()); }
 
   const Matrix& matrix() const { return matrix_; }
   std::size_t bytes() const { return values_.size(); }

@@ -8,7 +8,8 @@ namespace {
 
 using Vec = __m256;
 constexpr size_t kLanes = 8;
-constexpr size_t kTileRows = 3;  // 12 accumulators, 3 rows of A, 1 of W: 16 registers
+constexpr size_t kTileRows = 3;              // 12 accumulators, 3 rows of A, 1 of W: 16 registers
+constexpr size_t kStreamBytes = ~size_t{0};  // never: one row is too long a chain
 
 struct F16 {
   uint16_t bits;
@@ -60,6 +61,18 @@ inline Vec load(const BF16* p, size_t n) {
   return widen_bf16(load_halves(p, n));
 }
 
+inline Vec widen_i8(__m128i bytes) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+}
+inline Vec load(const int8_t* p) {
+  return widen_i8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec load(const int8_t* p, size_t n) {
+  alignas(16) int8_t buffer[2 * kLanes] = {};
+  __builtin_memcpy(buffer, p, n);
+  return widen_i8(_mm_load_si128(reinterpret_cast<const __m128i*>(buffer)));
+}
+
 inline void store(float* p, Vec v) {
   _mm256_storeu_ps(p, v);
 }
@@ -76,6 +89,13 @@ inline void store(F16* p, Vec v, size_t n) {
   alignas(16) uint16_t buffer[kLanes];
   _mm_store_si128(reinterpret_cast<__m128i*>(buffer), narrow(v));
   __builtin_memcpy(p, buffer, n * sizeof(uint16_t));
+}
+
+inline void store_bytes(int8_t* p, Vec v) {
+  const __m256i whole = _mm256_cvtps_epi32(v);
+  const __m128i words =
+      _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -122,21 +142,52 @@ inline void sum4(float* out, Vec a, Vec b, Vec c, Vec d) {
   _mm_storeu_ps(out, _mm_blend_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1), 0xa));
 }
 
-inline int32_t dot_block(const int8_t* w, const int16_t* y, size_t n) {
-  __m256i sums = _mm256_setzero_si256();
-  size_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + i));
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(y + i));
-    sums = _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), halves));
-  }
-  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-  int32_t sum = _mm_cvtsi128_si32(s);
-  for (; i < n; ++i) sum += w[i] * y[i];
-  return sum;
+// A lane of a Sum takes 512 products in a block: 512 * 127 * 32639 < 2^31.
+constexpr size_t kDotStep = 32, kDotBlock = 4096, kDotRows = 4, kDotStates = 1;
+constexpr int64_t kDotOffset = 0;
+using Sum = __m256i;
+struct Weights {
+  __m256i part[2];
+};
+using State = Weights;
+
+inline __m256i widen_bytes(const int8_t* w) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
 }
+inline __m256i load_words(const int16_t* y) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(y));
+}
+inline Weights load_weights(const int8_t* w) {
+  return {{widen_bytes(w), widen_bytes(w + 16)}};
+}
+inline Weights load_weights(const int8_t* w, size_t n) {
+  int8_t buffer[kDotStep] = {};
+  __builtin_memcpy(buffer, w, n);
+  return load_weights(buffer);
+}
+inline State load_state(const WholeState& s, size_t i) {
+  return {{load_words(s.values + i), load_words(s.values + i + 16)}};
+}
+inline State load_state(const WholeState& s, size_t i, size_t n) {
+  int16_t buffer[kDotStep] = {};
+  __builtin_memcpy(buffer, s.values + i, n * sizeof(int16_t));
+  return {{load_words(buffer), load_words(buffer + 16)}};
+}
+inline Sum no_sum() {
+  return _mm256_setzero_si256();
+}
+inline Sum add_product(Sum sum, const Weights& w, const State& y) {
+  sum = _mm256_add_epi32(sum, _mm256_madd_epi16(w.part[0], y.part[0]));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(w.part[1], y.part[1]));
+}
+inline int64_t total(Sum sum) {
+  const __m256i s = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(sum)),
+                                     _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sum, 1)));
+  const __m128i t = _mm_add_epi64(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  return _mm_extract_epi64(t, 0) + _mm_extract_epi64(t, 1);
+}
+
+#include "cpu/simd/dot_i8_inl.h"
 
 #include "cpu/simd/kernels_inl.h"
 

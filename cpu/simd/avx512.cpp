@@ -9,6 +9,7 @@ namespace {
 using Vec = __m512;
 constexpr size_t kLanes = 16;
 constexpr size_t kTileRows = 6;  // 24 accumulators, 6 rows of A, 1 of W: 31 of 32 registers
+constexpr size_t kStreamBytes = size_t{1} << 20;
 
 struct F16 {
   uint16_t bits;
@@ -49,6 +50,16 @@ inline Vec load(const BF16* p, size_t n) {
   return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
 }
 
+inline Vec widen_i8(__m128i bytes) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+inline Vec load(const int8_t* p) {
+  return widen_i8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec load(const int8_t* p, size_t n) {
+  return widen_i8(_mm_maskz_loadu_epi8(first(n), p));
+}
+
 inline void store(float* p, Vec v) {
   _mm512_storeu_ps(p, v);
 }
@@ -63,6 +74,10 @@ inline void store(F16* p, Vec v) {
 }
 inline void store(F16* p, Vec v, size_t n) {
   _mm256_mask_storeu_epi16(p, first(n), narrow(v));
+}
+
+inline void store_bytes(int8_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -108,23 +123,50 @@ inline void sum4(float* out, Vec a, Vec b, Vec c, Vec d) {
   _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(every_fourth, s)));
 }
 
-inline __m512i multiply_pairs(__m256i bytes, __m512i halves) {
-  return _mm512_madd_epi16(_mm512_cvtepi8_epi16(bytes), halves);
+// A lane of a Sum takes 512 products in a block: 512 * 127 * 32639 < 2^31.
+constexpr size_t kDotStep = 64, kDotBlock = 8192, kDotRows = 4, kDotStates = 2;
+constexpr int64_t kDotOffset = 0;
+using Sum = __m512i;
+struct Weights {
+  __m512i part[2];
+};
+using State = Weights;
+
+inline Weights load_weights(const int8_t* w) {
+  return {{_mm512_cvtepi8_epi16(_mm256_loadu_epi8(w)),
+           _mm512_cvtepi8_epi16(_mm256_loadu_epi8(w + 32))}};
 }
-inline int32_t dot_block(const int8_t* w, const int16_t* y, size_t n) {
-  __m512i sums = _mm512_setzero_si512();
-  size_t i = 0;
-  for (; i + 32 <= n; i += 32) {
-    sums =
-        _mm512_add_epi32(sums, multiply_pairs(_mm256_loadu_epi8(w + i), _mm512_loadu_epi16(y + i)));
-  }
-  if (i < n) {
-    const __mmask32 rest = (1u << (n - i)) - 1;
-    sums = _mm512_add_epi32(sums, multiply_pairs(_mm256_maskz_loadu_epi8(rest, w + i),
-                                                 _mm512_maskz_loadu_epi16(rest, y + i)));
-  }
-  return _mm512_reduce_add_epi32(sums);
+inline __mmask32 first_half(size_t n) {
+  return n < 32 ? (1u << n) - 1 : ~0u;
 }
+inline __mmask32 second_half(size_t n) {
+  return n > 32 ? (1u << (n - 32)) - 1 : 0u;
+}
+inline Weights load_weights(const int8_t* w, size_t n) {
+  return {{_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(first_half(n), w)),
+           _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(second_half(n), w + 32))}};
+}
+inline State load_state(const WholeState& s, size_t i) {
+  return {{_mm512_loadu_epi16(s.values + i), _mm512_loadu_epi16(s.values + i + 32)}};
+}
+inline State load_state(const WholeState& s, size_t i, size_t n) {
+  return {{_mm512_maskz_loadu_epi16(first_half(n), s.values + i),
+           _mm512_maskz_loadu_epi16(second_half(n), s.values + i + 32)}};
+}
+inline Sum no_sum() {
+  return _mm512_setzero_si512();
+}
+inline Sum add_product(Sum sum, const Weights& w, const State& y) {
+  sum = _mm512_add_epi32(sum, _mm512_madd_epi16(w.part[0], y.part[0]));
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(w.part[1], y.part[1]));
+}
+inline int64_t total(Sum sum) {
+  const __m512i low = _mm512_cvtepi32_epi64(_mm512_castsi512_si256(sum));
+  const __m512i high = _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(sum, 1));
+  return _mm512_reduce_add_epi64(_mm512_add_epi64(low, high));
+}
+
+#include "cpu/simd/dot_i8_inl.h"
 
 #include "cpu/simd/kernels_inl.h"
 

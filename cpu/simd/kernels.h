@@ -14,8 +14,8 @@
 namespace infemeral::simd {
 
 // How the second operand of a product is stored.
-enum class Format { kF32 = 0, kF16 = 1, kBF16 = 2 };
-inline constexpr size_t kFormats = 3;
+enum class Format { kF32 = 0, kF16 = 1, kBF16 = 2, kI8 = 3 };
+inline constexpr size_t kFormats = 4;
 
 // The operands of a product; strides are in elements.
 struct Product {
@@ -30,18 +30,39 @@ struct Product {
   size_t k;
 };
 
-// Whole numbers: out[r] = sum of w[r * ldw + i] * y[i] over i < k, exactly.
+// Single rows of a weight matrix, wherever they lie: c[j] = rows[j] . a.
+struct RowsProduct {
+  const float* a;           // k
+  const void* const* rows;  // n pointers to k elements
+  float* c;                 // n
+  size_t n;
+  size_t k;
+};
+
+// A state in whole numbers, in both of the ways that instruction sets multiply it.
+struct WholeState {
+  const int16_t* values;  // k, in [-32639, 32639]; values = 256 * high + low
+  const int8_t* high;     // k
+  const int8_t* low;      // k
+  int64_t sum;            // of the values
+};
+
+// Whole numbers: out[s * ldo + r] = sum of w[r * ldw + i] * states[s].values[i] over i < k,
+// exactly.
 struct Int8Product {
   const int8_t* w;  // n rows of k, ldw apart; at least -127
   size_t ldw;
-  const int16_t* y;  // k values; at least -32767
-  int64_t* out;      // n
+  const WholeState* states;  // m
+  int64_t* out;              // m rows of n, ldo apart
+  size_t ldo;
+  size_t m;
   size_t n;
   size_t k;
 };
 
 struct Kernels {
-  const char* name;  // "portable", "avx2", "avx512"
+  // "portable", "avx2", "avx512"; "avxvnni" and "avx512vnni": the same with another dot_i8.
+  const char* name;
 
   // C = A * W^T, W in the format of the index. An element's bits depend on its row of A, its row of
   // W and k alone: lane l of one vector accumulator takes the products of the elements
@@ -49,12 +70,22 @@ struct Kernels {
   // prefill of many rows gives the bits of as many decode steps, wherever tiles and threads cut.
   void (*matmul[kFormats])(const Product& product);
 
+  // The same bits as matmul gives for these rows.
+  void (*matmul_picked[kFormats])(const RowsProduct& product);
+
   // C += A * W: element by element, products are added in the order of k. A zero in A adds nothing
   // to a finite sum, so rows that use different parts of W can share a call. For f32 and f16 only.
   void (*accumulate[2])(const Product& product);
 
   // For the certified head.
   void (*dot_i8)(const Int8Product& product);
+
+  // Rounding rows of binary16 to whole numbers. row_range returns the largest |x| and the sum of
+  // x^2; round_row writes q = x / scale, rounded to nearest even, at most 127 of either sign, and
+  // returns the sum of (x - scale * q)^2. Squares are summed in float32, 512 at a time: both sums
+  // are within 2^-16 of their terms' sum. A row with a value that is not finite has no finite sum.
+  float (*row_range)(const uint16_t* x, size_t n, double* squares);
+  double (*round_row)(const uint16_t* x, size_t n, float scale, int8_t* q);
 
   // x[i] <- exp((x[i] - max) * scale), scale > 0; returns their sum. The sum's order depends on n
   // alone.

@@ -2,20 +2,20 @@
 // instruction set's file, after it has defined, in the same anonymous namespace,
 //
 //   Vec, kLanes, kTileRows             the vector, its floats, rows of A in a register tile
+//   kStreamBytes                       of W, from which on a row at a time is the fastest
 //   zero() broadcast(x)
 //   load(p) load(p, n)                 all lanes, or the first n < kLanes and zeros; for const
-//                                      float*, F16* and BF16*
+//                                      float*, F16*, BF16* and int8_t*
 //   store(p, v) store(p, v, n)         for float* and F16*
+//   store_bytes(p, v)                  whole numbers that int8_t holds
 //   fma(a, b, c) = a*b+c, add, sub, mul, div, min(limit, x), max(limit, x)  (a NaN x stays NaN)
 //   round_even(x), scale_by_pow2(x, n) x * 2^n for whole n in [-126, 127]
 //   sum4(out, a, b, c, d)              the sums of four vectors' lanes, each in the same fixed tree
 //   max_lane(v)
-//   dot_block(w, y, n)                 the sum of int8 times int16, n <= kDotBlock, in int32
 //
+// and has included cpu/simd/dot_i8_inl.h,
 // so that every function here has internal linkage and is compiled with that file's flags.
 // No include guard: it is a body, not an interface.
-
-#define INFEMERAL_INLINE inline __attribute__((always_inline))
 
 // ---------------------------------------------------------------------------------------- matmul
 //
@@ -29,12 +29,21 @@ constexpr size_t kTileCols = 4;
 constexpr size_t kPanelCols = 32;  // rows of W in a panel: 64 KiB of f16 per k block
 constexpr size_t kVectorCols = 8;  // rows of W at once for a single row of A
 
-// With `Ahead`, the W of the next tile is fetched meanwhile: from memory, where the hardware's own
+// Where W comes from memory, the W of the next tile is fetched meanwhile: the hardware's own
 // prefetchers would lose time finding its N streams. Short tiles look further than the next one, or
 // the fetch would not be back in time.
 constexpr size_t kAheadBytes = 4096;
 
-template <size_t R, size_t N, bool Ahead, typename W>
+// Which rows of the next tile's W are fetched; with two tiles of A on one of W, each fetches a
+// half.
+enum Ahead { kNone = 0, kAll = 3, kFront = 1, kBack = 2 };
+
+template <size_t N, Ahead A>
+constexpr bool fetches(size_t j) {
+  return (A & (j < N / 2 ? kFront : kBack)) != 0;
+}
+
+template <size_t R, size_t N, Ahead A, typename W>
 INFEMERAL_INLINE void multiply_tile(const float* a, size_t lda, const W* const (&w)[N], size_t ldw,
                                     size_t k, Vec (&acc)[R][N]) {
   const size_t enough = kAheadBytes / sizeof(W);
@@ -44,7 +53,7 @@ INFEMERAL_INLINE void multiply_tile(const float* a, size_t lda, const W* const (
     Vec av[R];
     for (size_t r = 0; r < R; ++r) av[r] = load(a + r * lda + i);
     for (size_t j = 0; j < N; ++j) {
-      if constexpr (Ahead) __builtin_prefetch(w[j] + i + ahead);
+      if (fetches<N, A>(j)) __builtin_prefetch(w[j] + i + ahead);
       const Vec wv = load(w[j] + i);
       for (size_t r = 0; r < R; ++r) acc[r][j] = fma(av[r], wv, acc[r][j]);
     }
@@ -78,6 +87,30 @@ INFEMERAL_INLINE void store_sums(float* c, size_t n, const Vec (&acc)[kTileCols]
   }
 }
 
+// Much of W, from memory: row after row in one line, which is the order that the hardware's
+// prefetchers like best, fetched far ahead into the second-level cache. One row is one chain of
+// additions, so that this is for paths whose vectors are wide enough: kStreamBytes says from how
+// many bytes of W on.
+template <typename W>
+void matmul_stream(const Product& p) {
+  constexpr size_t kAhead = 16384 / sizeof(W);
+  for (size_t j = 0; j < p.n; j += kTileCols) {
+    const W* rows[kTileCols];
+    tile_rows(p, j, 0, rows);
+    Vec acc[kTileCols];
+    for (size_t c = 0; c < kTileCols; ++c) {
+      acc[c] = zero();
+      size_t i = 0;
+      for (; i + kLanes <= p.k; i += kLanes) {
+        __builtin_prefetch(rows[c] + i + kAhead, 0, 2);
+        acc[c] = fma(load(p.a + i), load(rows[c] + i), acc[c]);
+      }
+      if (i < p.k) acc[c] = fma(load(p.a + i, p.k - i), load(rows[c] + i, p.k - i), acc[c]);
+    }
+    store_sums(p.c + j, p.n - j, acc);
+  }
+}
+
 // Decode: W streams from memory once. Eight rows at once hide the latency of the additions.
 template <typename W>
 void matmul_vector(const Product& p) {
@@ -86,7 +119,38 @@ void matmul_vector(const Product& p) {
     tile_rows(p, j, 0, rows);
     Vec acc[1][kVectorCols];
     for (Vec& v : acc[0]) v = zero();
-    multiply_tile<1, kVectorCols, true>(p.a, p.lda, rows, p.ldw, p.k, acc);
+    multiply_tile<1, kVectorCols, kAll>(p.a, p.lda, rows, p.ldw, p.k, acc);
+    for (size_t h = 0; h < kVectorCols && j + h < p.n; h += kTileCols) {
+      const Vec part[kTileCols] = {acc[0][h], acc[0][h + 1], acc[0][h + 2], acc[0][h + 3]};
+      store_sums(p.c + j + h, p.n - j - h, part);
+    }
+  }
+}
+
+// Rows that lie anywhere: those of the next tile are fetched piece by piece while this one is
+// multiplied.
+template <typename W>
+void matmul_picked(const RowsProduct& p) {
+  constexpr size_t kPiece = 512;
+  for (size_t j = 0; j < p.n; j += kVectorCols) {
+    const W* rows[kVectorCols];
+    const W* next[kVectorCols];
+    for (size_t c = 0; c < kVectorCols; ++c) {
+      const size_t last = p.n - 1, row = j + c, after = row + kVectorCols;
+      rows[c] = static_cast<const W*>(p.rows[row < last ? row : last]);
+      next[c] = static_cast<const W*>(p.rows[after < last ? after : last]);
+    }
+    Vec acc[1][kVectorCols];
+    for (Vec& v : acc[0]) v = zero();
+    for (size_t i = 0; i < p.k; i += kPiece) {
+      const size_t depth = p.k - i < kPiece ? p.k - i : kPiece;
+      const W* piece[kVectorCols];
+      for (size_t c = 0; c < kVectorCols; ++c) {
+        piece[c] = rows[c] + i;
+        for (size_t b = 0; b < depth; b += 64 / sizeof(W)) __builtin_prefetch(next[c] + i + b);
+      }
+      multiply_tile<1, kVectorCols, kNone>(p.a + i, 0, piece, 0, depth, acc);
+    }
     for (size_t h = 0; h < kVectorCols && j + h < p.n; h += kTileCols) {
       const Vec part[kTileCols] = {acc[0][h], acc[0][h + 1], acc[0][h + 2], acc[0][h + 3]};
       store_sums(p.c + j + h, p.n - j - h, part);
@@ -96,7 +160,7 @@ void matmul_vector(const Product& p) {
 
 // R rows of A, from row i0, against the panel of W rows [j0, j1); the first rows of A find the
 // panel in memory, the others in the second-level cache.
-template <size_t R, bool First, typename W>
+template <size_t R, Ahead A, typename W>
 void matmul_panel(const Product& p, size_t i0, size_t j0, size_t j1, size_t block_k) {
   Vec waiting[kPanelCols / kTileCols][R][kTileCols];
   size_t k0 = 0;
@@ -112,7 +176,7 @@ void matmul_panel(const Product& p, size_t i0, size_t j0, size_t j1, size_t bloc
       const W* rows[kTileCols];
       tile_rows(p, j, k0, rows);
       const float* a = p.a + i0 * p.lda + k0;
-      multiply_tile<R, kTileCols, First>(a, p.lda, rows, p.ldw, depth, acc);
+      multiply_tile<R, kTileCols, A>(a, p.lda, rows, p.ldw, depth, acc);
       for (size_t r = 0; r < R; ++r) {
         if (last) {
           store_sums(p.c + (i0 + r) * p.ldc + j, j1 - j, acc[r]);
@@ -125,35 +189,43 @@ void matmul_panel(const Product& p, size_t i0, size_t j0, size_t j1, size_t bloc
   } while (k0 < p.k);
 }
 
-template <size_t R, typename W>
-INFEMERAL_INLINE void matmul_rows(const Product& p, size_t i0, size_t j0, size_t j1,
+// matmul_panel for a number of rows that is known at run time, at most R.
+template <size_t R, Ahead A, typename W>
+INFEMERAL_INLINE void matmul_rows(const Product& p, size_t rows, size_t i0, size_t j0, size_t j1,
                                   size_t block_k) {
-  i0 == 0 ? matmul_panel<R, true, W>(p, i0, j0, j1, block_k)
-          : matmul_panel<R, false, W>(p, i0, j0, j1, block_k);
+  if constexpr (R > 0) {
+    rows == R ? matmul_panel<R, A, W>(p, i0, j0, j1, block_k)
+              : matmul_rows<R - 1, A, W>(p, rows, i0, j0, j1, block_k);
+  }
 }
 
-// matmul_rows for a number of rows that is known at run time, at most R.
-template <size_t R, typename W>
-INFEMERAL_INLINE void matmul_some_rows(const Product& p, size_t rows, size_t i0, size_t j0,
-                                       size_t j1, size_t block_k) {
-  if constexpr (R > 0) {
-    rows == R ? matmul_rows<R, W>(p, i0, j0, j1, block_k)
-              : matmul_some_rows<R - 1, W>(p, rows, i0, j0, j1, block_k);
+// Few sessions that decode together, two tiles of rows: each tile of W serves both while it is in
+// the first-level cache, and memory has the time of both to bring the next.
+template <typename W>
+void matmul_pair(const Product& p) {
+  const size_t half = p.m / 2;
+  for (size_t j = 0; j < p.n; j += kTileCols) {
+    const size_t end = p.n - j < kTileCols ? p.n : j + kTileCols;
+    matmul_rows<kTileRows, kFront, W>(p, half, 0, j, end, p.k);
+    matmul_rows<kTileRows, kBack, W>(p, p.m - half, half, j, end, p.k);
   }
 }
 
 template <typename W>
 void matmul(const Product& p) {
+  if (p.m == 1 && p.n * p.k * sizeof(W) >= kStreamBytes) return matmul_stream<W>(p);
   if (p.m == 1) return matmul_vector<W>(p);
   // Tiles of nearly equal height: eight rows as 4 + 4, since 6 + 2 would widen W for two rows only.
   const size_t tiles = (p.m + kTileRows - 1) / kTileRows;
+  if (tiles == 2) return matmul_pair<W>(p);
   // With one tile of rows W is read once and from memory: in whole rows, as it lies there.
   const size_t block_k = tiles == 1 ? p.k : kBlockK;
   for (size_t j0 = 0; j0 < p.n; j0 += kPanelCols) {
     const size_t j1 = p.n - j0 < kPanelCols ? p.n : j0 + kPanelCols;
-    for (size_t t = 0; t < tiles; ++t) {
+    matmul_rows<kTileRows, kAll, W>(p, p.m / tiles, 0, j0, j1, block_k);
+    for (size_t t = 1; t < tiles; ++t) {
       const size_t begin = p.m * t / tiles, end = p.m * (t + 1) / tiles;
-      matmul_some_rows<kTileRows, W>(p, end - begin, begin, j0, j1, block_k);
+      matmul_rows<kTileRows, kNone, W>(p, end - begin, begin, j0, j1, block_k);
     }
   }
 }
@@ -162,7 +234,7 @@ void matmul(const Product& p) {
 //
 // R rows of C times V vectors of columns in registers, along k.
 
-template <size_t R, size_t V, bool Ahead, typename W>
+template <size_t R, size_t V, bool First, typename W>
 INFEMERAL_INLINE void accumulate_tile(const Product& p, size_t i0, size_t j0) {
   Vec acc[R][V];
   for (size_t r = 0; r < R; ++r) {
@@ -172,7 +244,7 @@ INFEMERAL_INLINE void accumulate_tile(const Product& p, size_t i0, size_t j0) {
   for (size_t i = 0; i < p.k; ++i, w += p.ldw) {
     Vec wv[V];
     for (size_t v = 0; v < V; ++v) {
-      if constexpr (Ahead) __builtin_prefetch(w + v * kLanes + kAheadBytes / sizeof(W));
+      if constexpr (First) __builtin_prefetch(w + v * kLanes + kAheadBytes / sizeof(W));
       wv[v] = load(w + v * kLanes);
     }
     for (size_t r = 0; r < R; ++r) {
@@ -224,21 +296,6 @@ void accumulate(const Product& p) {
   constexpr size_t kRows = kTileRows > 4 ? 4 : 2;
   for (size_t i = 0; i < p.m; i += kRows) {
     accumulate_some_rows<kRows, W>(p, p.m - i < kRows ? p.m - i : kRows, i);
-  }
-}
-
-// ---------------------------------------------------------------------------------- whole numbers
-
-// Within a block no partial sum leaves int32: 512 * 127 * 32767 < 2^31.
-void dot_i8(const Int8Product& p) {
-  constexpr size_t kDotBlock = 512;
-  for (size_t r = 0; r < p.n; ++r) {
-    const int8_t* w = p.w + r * p.ldw;
-    int64_t sum = 0;
-    for (size_t i = 0; i < p.k; i += kDotBlock) {
-      sum += dot_block(w + i, p.y + i, p.k - i < kDotBlock ? p.k - i : kDotBlock);
-    }
-    p.out[r] = sum;
   }
 }
 
@@ -336,11 +393,64 @@ void from_f16(const uint16_t* x, size_t n, float* out) {
   if (i < n) store(out + i, load(halves + i, n - i), n - i);
 }
 
+// --------------------------------------------------------------------- rounding to whole numbers
+
+constexpr size_t kSquares = 512;  // a whole number of vectors
+
+float row_range(const uint16_t* x, size_t n, double* squares) {
+  const F16* halves = reinterpret_cast<const F16*>(x);
+  Vec top = zero();
+  double total = 0;
+  for (size_t begin = 0; begin < n; begin += kSquares) {
+    const size_t end = n - begin < kSquares ? n : begin + kSquares;
+    Vec sum = zero();
+    const auto add_square = [&](Vec v) {
+      sum = fma(v, v, sum);
+      top = max(top, max(sub(zero(), v), v));
+    };
+    size_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) add_square(load(halves + i));
+    if (i < end) add_square(load(halves + i, end - i));
+    total += static_cast<double>(sum_lanes(sum));
+  }
+  *squares = total;
+  return max_lane(top);
+}
+
+double round_row(const uint16_t* x, size_t n, float scale, int8_t* q) {
+  const F16* halves = reinterpret_cast<const F16*>(x);
+  const Vec step = broadcast(scale), most = broadcast(127), least = broadcast(-127);
+  double total = 0;
+  for (size_t begin = 0; begin < n; begin += kSquares) {
+    const size_t end = n - begin < kSquares ? n : begin + kSquares;
+    Vec sum = zero();
+    const auto round = [&](Vec v) {
+      const Vec whole = max(least, min(most, round_even(div(v, step))));
+      const Vec error = fma(sub(zero(), whole), step, v);
+      sum = fma(error, error, sum);
+      return whole;
+    };
+    size_t i = begin;
+    for (; i + kLanes <= end; i += kLanes) store_bytes(q + i, round(load(halves + i)));
+    if (i < end) {
+      int8_t last[kLanes];
+      store_bytes(last, round(load(halves + i, end - i)));
+      __builtin_memcpy(q + i, last, end - i);
+    }
+    total += static_cast<double>(sum_lanes(sum));
+  }
+  return total;
+}
+
 constexpr Kernels table(const char* name) {
   return {.name = name,
-          .matmul = {matmul<float>, matmul<F16>, matmul<BF16>},
+          .matmul = {matmul<float>, matmul<F16>, matmul<BF16>, matmul<int8_t>},
+          .matmul_picked = {matmul_picked<float>, matmul_picked<F16>, matmul_picked<BF16>,
+                            matmul_picked<int8_t>},
           .accumulate = {accumulate<float>, accumulate<F16>},
           .dot_i8 = dot_i8,
+          .row_range = row_range,
+          .round_row = round_row,
           .softmax = softmax,
           .swiglu = swiglu,
           .rms_norm = rms_norm,

@@ -10,6 +10,7 @@ using Bits = int32_t __attribute__((vector_size(16)));
 using Halves = uint16_t __attribute__((vector_size(8)));
 constexpr size_t kLanes = 4;
 constexpr size_t kTileRows = 2;
+constexpr size_t kStreamBytes = ~size_t{0};  // never: one row is too long a chain
 
 struct F16 {
   uint16_t bits;
@@ -51,11 +52,21 @@ inline Vec load(const BF16* p, size_t n = kLanes) {
   return reinterpret_cast<Vec>(load_halves(p, n) << 16);
 }
 
+inline Vec load(const int8_t* p, size_t n = kLanes) {
+  int8_t bytes __attribute__((vector_size(4))) = {};
+  __builtin_memcpy(&bytes, p, n);
+  return __builtin_convertvector(bytes, Vec);
+}
+
 inline void store(float* p, Vec v, size_t n = kLanes) {
   __builtin_memcpy(p, &v, n * sizeof(float));
 }
 inline void store(F16* p, Vec v, size_t n = kLanes) {
   for (size_t i = 0; i < n; ++i) p[i].bits = f32_to_f16(v[i]);
+}
+
+inline void store_bytes(int8_t* p, Vec v) {
+  for (size_t i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(v[i]);
 }
 
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -110,11 +121,34 @@ inline void sum4(float* out, Vec a, Vec b, Vec c, Vec d) {
   store(out, Vec{sum_tree(a), sum_tree(b), sum_tree(c), sum_tree(d)});
 }
 
-inline int32_t dot_block(const int8_t* w, const int16_t* y, size_t n) {
-  int32_t sum = 0;
-  for (size_t i = 0; i < n; ++i) sum += w[i] * y[i];
+// Loops that the compiler makes vectors of. 512 * 127 * 32639 < 2^31.
+constexpr size_t kDotStep = 512, kDotBlock = 512, kDotRows = 1, kDotStates = 1;
+constexpr int64_t kDotOffset = 0;
+using Sum = int32_t;
+struct Weights {
+  const int8_t* values;
+  size_t n;
+};
+using State = const int16_t*;
+
+inline Weights load_weights(const int8_t* w, size_t n = kDotStep) {
+  return {w, n};
+}
+inline State load_state(const WholeState& s, size_t i, size_t /*n*/ = kDotStep) {
+  return s.values + i;
+}
+inline Sum no_sum() {
+  return 0;
+}
+inline Sum add_product(Sum sum, const Weights& w, State y) {
+  for (size_t i = 0; i < w.n; ++i) sum += w.values[i] * y[i];
   return sum;
 }
+inline int64_t total(Sum sum) {
+  return sum;
+}
+
+#include "cpu/simd/dot_i8_inl.h"
 
 #include "cpu/simd/kernels_inl.h"
 
