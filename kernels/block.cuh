@@ -36,12 +36,22 @@ struct Max {
   }
 };
 
+// What other lanes hold. Structs that are reduced or summed have overloads of their own.
+template <typename T>
+__device__ T from_lane_xor(T value, int offset) {
+  return __shfl_xor_sync(0xffffffffu, value, offset);
+}
+template <typename T>
+__device__ T from_lane_below(T value, int offset) {
+  return __shfl_up_sync(0xffffffffu, value, offset);
+}
+
 // In every lane, in an order that depends on nothing.
 template <typename T, typename Op>
 __device__ T warp_reduce(T value, Op op) {
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value = op(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    value = op(value, from_lane_xor(value, offset));
   }
   return value;
 }

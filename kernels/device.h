@@ -36,6 +36,15 @@ absl::Status cuda_status(cudaError_t error, std::string_view what);
     if (absl::Status failed = (expression); !failed.ok()) return failed; \
   } while (false)
 
+// Moves what the absl::StatusOr `expression` holds to `target`, or leaves the function with its
+// status.
+#define INFEMERAL_ASSIGN(target, expression)        \
+  do {                                              \
+    auto result_or = (expression);                  \
+    if (!result_or.ok()) return result_or.status(); \
+    target = *std::move(result_or);                 \
+  } while (false)
+
 // What an object has allocated on its device. Shared by its arrays, one thread at a time.
 struct DeviceUsage {
   std::size_t bytes = 0, peak = 0;
@@ -92,6 +101,13 @@ absl::StatusOr<Array<T>> Array<T>::make(Place place, std::size_t size, DeviceUsa
   array.place_ = place;
   array.usage_ = &usage;
   return array;
+}
+
+// The same into an array that is there already, for owners of several.
+template <typename T>
+absl::Status allocate(Array<T>& array, Place place, std::size_t size, DeviceUsage& usage) {
+  INFEMERAL_ASSIGN(array, Array<T>::make(place, size, usage));
+  return absl::OkStatus();
 }
 
 template <typename T>

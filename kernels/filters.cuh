@@ -16,11 +16,11 @@ __device__ void running_sums(T* values) {
   constexpr int kWarps = kSummed / kWarp;
   __shared__ T totals[kWarps];
   const int i = threadIdx.x, lane = i % kWarp;
-  T sum = 0;
+  T sum = {};
   if (i < kSummed) {
     sum = values[i];
     for (int offset = 1; offset < kWarp; offset *= 2) {
-      const T before = __shfl_up_sync(0xffffffffu, sum, offset);
+      const T before = from_lane_below(sum, offset);
       if (lane >= offset) sum += before;
     }
     if (lane == kWarp - 1) totals[i / kWarp] = sum;
@@ -39,22 +39,22 @@ __device__ unsigned long long probability_mass(float score, float max) {
 }
 
 // Items to choose from: score, probability_mass below their maximum, id.
-struct Candidates {  // those that select left; the first kCached with scores and masses at hand
-  static constexpr int kCached = 2048;  // in 24 KB: a block has 64 on the oldest devices
+struct Candidates {                     // those that select left; the first kCached are at hand
+  static constexpr int kCached = 2048;  // in 32 KB: a block has 64 on the oldest devices
   const ScoredToken* items;
   int n;
-  const float* scores;
+  const ScoredToken* cached;
   unsigned long long* masses;
   float max;
-  __device__ float score(int i) const { return i < kCached ? scores[i] : items[i].score; }
-  __device__ int id(int i) const { return items[i].id; }
+  __device__ float score(int i) const { return i < kCached ? cached[i].score : items[i].score; }
+  __device__ int id(int i) const { return i < kCached ? cached[i].id : items[i].id; }
   __device__ unsigned long long mass(int i) const {
     return i < kCached ? masses[i] : probability_mass(items[i].score, max);
   }
   __device__ void know_max(float largest) {
     max = largest;
     for (int i = threadIdx.x; i < min(n, kCached); i += blockDim.x) {
-      masses[i] = probability_mass(scores[i], max);
+      masses[i] = probability_mass(cached[i].score, max);
     }
     __syncthreads();
   }
@@ -184,25 +184,55 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
   return {from_ordered(prefix), before + last};
 }
 
+// What is known about the tokens that are not among the items (engine/sampling.h's Rest).
+struct Rest {
+  float ceiling;            // minus infinity: there are none
+  unsigned long long mass;  // at most
+};
+__device__ inline Rest no_rest() {
+  return {-HUGE_VALF, 0};
+}
+
 // What top-k and top-p keep: all scores from `floor` on.
 struct Filtered {
   float floor = -HUGE_VALF;
   unsigned long long total = 0;   // the probability of what top-k kept
   unsigned long long inside = 0;  // and of what top-p kept of it
+  Rest rest = no_rest();          // of the whole block
 };
 
+// What the threads of a block know together.
+struct Totals {
+  unsigned long long kept;
+  Rest rest;
+};
+__device__ inline Totals from_lane_xor(const Totals& t, int offset) {
+  return {from_lane_xor(t.kept, offset),
+          {from_lane_xor(t.rest.ceiling, offset), from_lane_xor(t.rest.mass, offset)}};
+}
+__device__ inline Totals totals_in_block(const Totals& own) {
+  const auto add = [](const Totals& a, const Totals& b) -> Totals {
+    return {a.kept + b.kept, {fmaxf(a.rest.ceiling, b.rest.ceiling), a.rest.mass + b.rest.mass}};
+  };
+  return block_reduce(own, Totals{0, no_rest()}, add);
+}
+
+// `rest` is this thread's part of it.
 template <typename Items>
-__device__ Filtered filter_many(const Items& items, const RowRequest& request, float max) {
+__device__ Filtered filter_many(const Items& items, const RowRequest& request, float max,
+                                const Rest& rest) {
   Filtered kept;
   if (request.top_k > 0 && request.top_k < items.n) {
     kept.floor = cut_at(items, kept.floor, max, request.top_k, [](int) { return 1ull; }).score;
   }
   if (request.top_p >= 1) return kept;
+  Totals totals = {0, rest};
   for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
-    const float score = items.score(i);
-    if (score >= kept.floor) kept.total += items.mass(i);
+    if (items.score(i) >= kept.floor) totals.kept += items.mass(i);
   }
-  kept.total = block_reduce(kept.total, 0ull, Sum());
+  totals = totals_in_block(totals);
+  kept.total = totals.kept;
+  kept.rest = totals.rest;
   const auto mass = [&](int i) { return items.mass(i); };
   const Cut cut =
       cut_at(items, kept.floor, max, request.top_p * static_cast<double>(kept.total), mass);
@@ -211,36 +241,64 @@ __device__ Filtered filter_many(const Items& items, const RowRequest& request, f
   return kept;
 }
 
-// The same when every item can have a thread: each finds out what is larger than its own.
-inline constexpr unsigned kFew = 512;
+// The same for so few that each can have a thread, which counts what goes before its own: they are
+// sorted then.
+inline constexpr int kFew = kSummed;
 template <typename Items>
-__device__ Filtered filter_few(const Items& items, const RowRequest& request) {
-  __shared__ float scores[kFew];
-  __shared__ unsigned long long masses[kFew];
+__device__ Filtered filter_few(const Items& items, const RowRequest& request, const Rest& rest) {
+  __shared__ float4 given[kFew / 4];
+  __shared__ float sorted[kFew];
+  __shared__ unsigned long long sums[kFew];  // of the masses down to each
+  __shared__ float floor;
+  __shared__ unsigned long long inside;
   const int n = items.n, own = threadIdx.x;
   const bool exists = own < n && !isnan(items.score(own));
   const float score = exists ? items.score(own) : -HUGE_VALF;
-  if (own < n) {
-    scores[own] = score;
-    masses[own] = exists ? items.mass(own) : 0;
+  if (own < kFew) reinterpret_cast<float*>(given)[own] = score;
+  __syncthreads();
+  if (own < kFew) {
+    const int warp = own / kWarp * kWarp;  // whose items are told apart one by one
+    int place = own;                       // of what is not an item: where it is, behind the others
+    if (own < n) {
+      place = 0;
+      for (int i = 0; i < warp; i += 4) {
+        const float4 s = given[i / 4];
+        place += (s.x >= score) + (s.y >= score) + (s.z >= score) + (s.w >= score);
+      }
+      for (int i = warp; i < warp + kWarp; ++i) {
+        const float s = reinterpret_cast<const float*>(given)[i];
+        place += s > score || (s == score && i < own);
+      }
+      for (int i = warp + kWarp; i < n; i += 4) {
+        const float4 s = given[i / 4];
+        place += (s.x > score) + (s.y > score) + (s.z > score) + (s.w > score);
+      }
+    }
+    sorted[place] = score;
+    sums[place] = exists && request.top_p < 1 ? items.mass(own) : 0;
   }
   __syncthreads();
-  int larger = 0;
-  unsigned long long larger_mass = 0, until_mass = 0;
-  for (int i = 0; i < n && exists; ++i) {
-    const unsigned long long mass = masses[i];
-    larger += scores[i] > score;
-    larger_mass += scores[i] > score ? mass : 0;
-    until_mass += scores[i] >= score ? mass : 0;
-  }
   Filtered kept;
-  bool in = exists && (request.top_k <= 0 || larger < request.top_k);
-  if (request.top_p < 1) {
-    kept.total = block_reduce(in ? masses[own] : 0ull, 0ull, Sum());
-    in = in && static_cast<double>(larger_mass) < request.top_p * static_cast<double>(kept.total);
-    kept.inside = block_reduce(in ? until_mass : 0ull, 0ull, Max());
+  if (request.top_k > 0 && request.top_k < n) kept.floor = sorted[request.top_k - 1];
+  if (request.top_p >= 1) return kept;
+  const bool counts = own < n && sorted[own] >= kept.floor;
+  const Totals totals = totals_in_block({counts ? sums[own] : 0, rest});
+  kept.total = totals.kept;
+  kept.rest = totals.rest;
+  running_sums(sums);
+  const double enough = request.top_p * static_cast<double>(kept.total);
+  if (own < n && static_cast<double>(sums[own]) >= enough &&
+      (own == 0 || static_cast<double>(sums[own - 1]) < enough)) {
+    floor = sorted[own];
   }
-  kept.floor = -block_reduce(in ? -score : -HUGE_VALF, -HUGE_VALF, Max());
+  __syncthreads();
+  kept.floor = floor;
+  // With the last of those that are equal to it.
+  if (own < n && sorted[own] == kept.floor && (own + 1 == n || sorted[own + 1] != kept.floor)) {
+    inside = sums[own];
+  }
+  __syncthreads();
+  kept.inside = inside;
   return kept;
 }
 

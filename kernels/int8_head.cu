@@ -100,7 +100,6 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
   constexpr int kPieceTiles = kTiles<Single>;
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ StateView states[4 * Groups];
-  let_next_start();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int tiles = tiles_of(p.vocab_size), pieces = tiles / kPieceTiles;
   const int chunks = (p.stride / kAlign + kChunkBlocks - 1) / kChunkBlocks;
@@ -352,6 +351,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
   }
 #endif
 
+  let_next_start();  // not before: a kernel that stands by slows the copies down, by a microsecond
   // The best lower end of every state: over the warp's rows, the block, the device.
   __shared__ std::uint32_t top[4 * Groups];
   for (int i = threadIdx.x; i < 4 * Groups; i += blockDim.x) top[i] = 0;

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kScanThreads = 512;
 constexpr int kSelectThreads = 256;
-constexpr int kSliceCandidates = 1024;  // that one block of select can take
+constexpr int kBlockCandidates = 1024;  // that one block of select can take
 constexpr int kChooseThreads = 512;
 constexpr int kChooseFullThreads = 1024;
 
@@ -62,53 +62,62 @@ __device__ int bin_of(float top, float score) {
 }
 
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(Sample p) {
+  __shared__ Bin bins[kBins];
   let_next_start();
   wait_for_previous();
-  RowState& state = p.rows[blockIdx.y];
-  if (blockIdx.x == 0 && threadIdx.x == 0) state.times.sample = global_ns();
-  if (!state.covered) return;
   const std::size_t base = blockIdx.y * score_stride(p.vocab_size);
   const float *lower = p.lower + base, *upper = p.upper + base;
   const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
-  const RowRequest& request = state.request;
-
-  if (request.selection == Selection::kUnlimited) {
-    // The likeliest token has at least top - 3.2 with its noise.
-    const float reachable = from_ordered(state.top) - 3.2f - kMostNoise;
-    float best = -HUGE_VALF;
-    for (int i = first; i < p.vocab_size; i += step) {
-      const float low = lower[i];
-      if (low >= reachable) best = fmaxf(best, low + gumbel_noise_near(request, i));
-    }
-    best = block_reduce(best, -HUGE_VALF, Max());
-    if (threadIdx.x == 0) atomicMax(&state.best_noisy, ordered(best));
-    return;
-  }
-  if (request.selection != Selection::kTopK && request.selection != Selection::kNucleus) return;
-
-  __shared__ Bin bins[kBins];
-  for (int b = threadIdx.x; b < kBins; b += blockDim.x) bins[b] = {};
-  __syncthreads();
-  const float top = from_ordered(state.top);
   constexpr int kAhead = 4;
-  for (int base_id = first; base_id < p.vocab_size; base_id += kAhead * step) {
-    float high[kAhead], low[kAhead];
+  float high[kAhead], low[kAhead];
+  const auto load = [&](int at) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int i = base_id + a * step;
+      const int i = at + a * step;
       high[a] = i < p.vocab_size ? upper[i] : -HUGE_VALF;
       low[a] = i < p.vocab_size ? lower[i] : -HUGE_VALF;
     }
+  };
+  load(first);  // whether or not it will be used: with the state, one trip to the L2 cache
+  RowState& state = p.rows[blockIdx.y];
+  const RowRequest request = state.request;
+  const float top = from_ordered(state.top);
+  if (blockIdx.x == 0 && threadIdx.x == 0) state.times.sample = global_ns();
+  const bool unlimited = request.selection == Selection::kUnlimited;
+  if (!state.covered || !(unlimited || request.selection == Selection::kTopK ||
+                          request.selection == Selection::kNucleus)) {
+    return;
+  }
+  for (int b = threadIdx.x; b < kBins; b += blockDim.x) bins[b] = {};
+  __syncthreads();
+  // The likeliest token has at least top - 3.2 with its noise.
+  const float reachable = top - 3.2f - kMostNoise;
+  float best = -HUGE_VALF;
+  const auto count = [&](float high_end, float low_end) {
+    // The last bin is left empty: nobody asks about it.
+    const int high_bin = bin_of(top, high_end);
+    if (high_bin == kBins - 1) return;  // then so is the lower end's
+    atomicAdd(&bins[high_bin].upper_ends, 1u);
+    atomicMax(&bins[high_bin].ceiling, ordered(high_end));
+    const int low_bin = bin_of(top, low_end);
+    if (low_bin < kBins - 1) atomicAdd(&bins[low_bin].lower_ends, 1u);
+  };
+  for (int at = first; at < p.vocab_size;) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      // The last bin is left empty: nobody asks about it.
-      const int high_bin = bin_of(top, high[a]);
-      if (high_bin == kBins - 1) continue;  // then so is the lower end's
-      atomicAdd(&bins[high_bin].upper_ends, 1u);
-      atomicMax(&bins[high_bin].ceiling, ordered(high[a]));
-      const int low_bin = bin_of(top, low[a]);
-      if (low_bin < kBins - 1) atomicAdd(&bins[low_bin].lower_ends, 1u);
+      if (!unlimited) {
+        count(high[a], low[a]);
+      } else if (low[a] >= reachable) {
+        best = fmaxf(best, low[a] + gumbel_noise_near(request, at + a * step));
+      }
     }
+    at += kAhead * step;
+    load(at);
+  }
+  if (unlimited) {
+    best = block_reduce(best, -HUGE_VALF, Max());
+    if (threadIdx.x == 0) atomicMax(&state.best_noisy, ordered(best));
+    return;
   }
   __syncthreads();
   for (int b = threadIdx.x; b < kBins; b += blockDim.x) {
@@ -126,89 +135,104 @@ __device__ int candidate_limit(int vocab_size) {
   return min(kMaxCandidates, max(256, vocab_size / 4));
 }
 
+// What a result tells beside the token. Read as early as it is known: each look at the state is a
+// trip to the L2 cache.
+struct Ending {
+  StageTimes times;
+  std::uint32_t candidates;
+  std::uint32_t sequence;
+};
+__device__ Ending ending_of(const volatile RowState& state) {
+  return {{state.times.decode, state.times.uncloak, state.times.de_embed, state.times.sample, 0},
+          state.candidates,
+          state.request.sequence};
+}
+
 // The row's result to the host; by one thread.
-__device__ void finish(const Sample& p, int row, int token, Outcome outcome) {
-  const RowState& state = p.rows[row];
+__device__ void finish(const Sample& p, int row, int token, Outcome outcome, const Ending& ending) {
   p.tokens[row] = token;
   RowResult& result = p.results[row];
   result.token = token;
   result.outcome = outcome;
-  result.rows_rescored = outcome == Outcome::kToken ? state.candidates : 0;
-  result.times = state.times;
+  result.rows_rescored = outcome == Outcome::kToken ? ending.candidates : 0;
+  result.times = ending.times;
   result.times.end = global_ns();
   __threadfence_system();
-  *static_cast<volatile std::uint32_t*>(&result.sequence) = state.request.sequence;
+  *static_cast<volatile std::uint32_t*>(&result.sequence) = ending.sequence;
 }
 
 // --- select ---
 
+// The edges are found by a block of kSummed threads, each with the bin of its index.
+
 // Bins below the edge hold every token that top-k can keep: an interval that begins in one of them
 // is above all that end beyond, and k of them do. When fewer than k begin within reach, tokens out
 // of reach cannot win the draw anyway, and have no probability.
-__device__ int top_k_edge(const RowState& state, std::uint32_t* counts) {
-  for (int b = threadIdx.x; b < kSummed; b += blockDim.x) {
-    counts[b] = b < kBins ? state.bins[b].lower_ends : 0;
-  }
+__device__ int top_k_edge(int top_k, const Bin& own, std::uint32_t* counts) {
   __shared__ int edge;
+  counts[threadIdx.x] = own.lower_ends;
   if (threadIdx.x == 0) edge = kBins - 1;
   __syncthreads();
   running_sums(counts);
-  const auto k = static_cast<std::uint32_t>(state.request.top_k);
-  for (int b = threadIdx.x; b < kBins - 1; b += blockDim.x) {
-    if (counts[b] >= k && (b == 0 || counts[b - 1] < k)) edge = b + 1;
-  }
+  const auto k = static_cast<std::uint32_t>(top_k);
+  const int b = threadIdx.x;
+  if (b < kBins - 1 && counts[b] >= k && (b == 0 || counts[b - 1] < k)) edge = b + 1;
   __syncthreads();
   return edge;
 }
 
+// What the intervals down to some depth amount to. Probabilities are relative to exp(top).
+struct Depth {
+  std::uint32_t upper_ends;
+  float least;   // the probability that they have for certain
+  float beyond;  // the most that can lie deeper; counted from the deep end
+  __device__ Depth& operator+=(const Depth& other) {
+    upper_ends += other.upper_ends;
+    least += other.least;
+    beyond += other.beyond;
+    return *this;
+  }
+};
+__device__ Depth from_lane_below(const Depth& d, int offset) {
+  return {cuda::from_lane_below(d.upper_ends, offset), cuda::from_lane_below(d.least, offset),
+          cuda::from_lane_below(d.beyond, offset)};
+}
+
 // The band of the nucleus: as deep as leaves the least probability beyond it, at a price that pays.
 // 0 when none does. Only an estimate: choose bounds what lies beyond rigorously.
-__device__ int nucleus_edge(const RowState& state, int limit, float* mass, float* least,
-                            std::uint32_t* counts) {
-  const float top = from_ordered(state.top);
-  for (int b = threadIdx.x; b < kSummed; b += blockDim.x) {
-    counts[b] = 0;
-    mass[b] = least[b] = 0;
-    if (b >= kBins) continue;
-    counts[b] = state.bins[b].upper_ends;
-    least[b] = state.bins[b].lower_ends * expf(-static_cast<float>(b + 1) / kBinsPerNat);
-    // From the deep end, so that a running sum is what lies beyond a bin.
-    const Bin& deep = state.bins[kBins - 1 - b];
-    if (deep.upper_ends > 0) {
-      mass[b] = deep.upper_ends * expf(from_ordered(deep.ceiling) - top);
-    }
-  }
-  __shared__ int edge;
-  if (threadIdx.x == 0) edge = 0;
-  __syncthreads();
-  running_sums(counts);
-  running_sums(mass);
-  running_sums(least);
+__device__ int nucleus_edge(float top_p, float top, const Bin& own, const Bin& deep, int limit,
+                            Depth* depths) {
+  constexpr int kShares = 3;
+  __shared__ int edges[kShares];
   // Where the nucleus ends by what is certain: the token there has about this probability. What
   // lies beyond the band moves the cut when it is not small beside that.
   __shared__ float at_cut;
-  if (threadIdx.x == 0) at_cut = 0;
+  const int b = threadIdx.x;
+  const float certain = expf(-static_cast<float>(b + 1) / kBinsPerNat);
+  depths[b] = {
+      own.upper_ends, own.lower_ends * certain,
+      deep.upper_ends > 0 ? deep.upper_ends * expf(from_ordered(deep.ceiling) - top) : 0.0f};
+  if (b < kShares) edges[b] = 0;
+  if (b == 0) at_cut = 0;
   __syncthreads();
-  const float enough = state.request.top_p * least[kBins - 1];
-  for (int b = threadIdx.x; b < kBins; b += blockDim.x) {
-    if (least[b] >= enough && (b == 0 || least[b - 1] < enough)) {
-      at_cut = expf(-static_cast<float>(b + 1) / kBinsPerNat);
+  running_sums(depths);
+  const float enough = top_p * depths[kBins - 1].least;
+  if (b < kBins && depths[b].least >= enough && (b == 0 || depths[b - 1].least < enough)) {
+    at_cut = certain;
+  }
+  __syncthreads();
+  // For each share the least e in [1, kBins - 1] with no more than that in bins e and beyond.
+  const int e = b;
+  if (e >= 1 && e < kBins && depths[e - 1].upper_ends <= static_cast<std::uint32_t>(limit)) {
+    const float beyond = depths[kBins - 1 - e].beyond, with_one_more = depths[kBins - e].beyond;
+    float share = at_cut / 16;
+    for (int i = 0; i < kShares; ++i, share *= 4) {
+      if (beyond <= share && (e == 1 || with_one_more > share)) edges[i] = e;
     }
   }
   __syncthreads();
-  for (float share = at_cut / 16; share <= at_cut; share *= 4) {
-    // The least e in [1, kBins - 1] with no more than the share in bins e and beyond.
-    for (int e = 1 + threadIdx.x; e < kBins; e += blockDim.x) {
-      const float beyond = mass[kBins - 1 - e], with_one_more = mass[kBins - e];
-      const bool first = beyond <= share && (e == 1 || with_one_more > share);
-      if (first && counts[e - 1] <= static_cast<std::uint32_t>(limit)) edge = e;
-    }
-    __syncthreads();
-    const bool done = edge > 0;
-    __syncthreads();  // the next share may write it
-    if (done) break;
-  }
-  return edge;
+  // The smallest share that the limit allows.
+  return edges[0] > 0 ? edges[0] : edges[1] > 0 ? edges[1] : edges[2];
 }
 
 // Greedy rows need no more than the best candidate: the last block of the row to arrive here hands
@@ -219,56 +243,70 @@ __device__ void finish_greedy(const Sample& p, RowState& state) {
   if (threadIdx.x != 0) return;
   if (atomicAdd(&state.blocks_done, 1u) + 1 != gridDim.x) return;
   __threadfence();
-  const auto candidates = *static_cast<volatile std::uint32_t*>(&state.candidates);
-  const auto best = *static_cast<volatile unsigned long long*>(&state.best);
-  if (!state.finite) {
-    finish(p, blockIdx.y, 0, Outcome::kNotFinite);
-  } else if (!state.covered || candidates == 0 ||
-             candidates > static_cast<std::uint32_t>(candidate_limit(p.vocab_size))) {
-    finish(p, blockIdx.y, 0, Outcome::kUncertain);
+  const volatile RowState& now = state;
+  const unsigned long long best = now.best;
+  const bool finite = now.finite, covered = now.covered;
+  const Ending ending = ending_of(now);
+  const std::uint32_t n = ending.candidates;
+  if (!finite) {
+    finish(p, blockIdx.y, 0, Outcome::kNotFinite, ending);
+  } else if (!covered || n == 0 || n > static_cast<std::uint32_t>(candidate_limit(p.vocab_size))) {
+    finish(p, blockIdx.y, 0, Outcome::kUncertain, ending);
   } else {
-    finish(p, blockIdx.y, static_cast<int>(~static_cast<std::uint32_t>(best)), Outcome::kToken);
+    const int token = static_cast<int>(~static_cast<std::uint32_t>(best));
+    finish(p, blockIdx.y, token, Outcome::kToken, ending);
   }
 }
 
-// A block takes a slice of the vocabulary of one row.
+// A block takes a part of the vocabulary of one row.
 // At most 64 KB of registers: one block finds room beside the product's.
 __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   extern __shared__ float4 shared_state[];
   __shared__ std::uint32_t counts[kSummed];
-  __shared__ float mass[kSummed], least[kSummed];
+  __shared__ Depth depths[kSummed];
   __shared__ int found, base;
-  __shared__ std::int32_t ids[kSliceCandidates];
-  __shared__ float logits[kSliceCandidates];
+  __shared__ std::int32_t ids[kBlockCandidates];
+  __shared__ float logits[kBlockCandidates];
   let_next_start();
   wait_for_previous();
   RowState& state = p.rows[blockIdx.y];
   const float* upper = p.upper + blockIdx.y * score_stride(p.vocab_size);
-  const int slice = ((p.vocab_size + gridDim.x - 1) / gridDim.x + 3) / 4 * 4;
-  const int begin = blockIdx.x * slice, end = min(p.vocab_size, begin + slice);
+  // Pieces of 32 tokens go round the blocks: likely tokens lie together, and the block that finds
+  // most is the last to end.
+  constexpr int kPieceThreads = 8;
+  constexpr int kPieces = kSelectThreads / kPieceThreads, kPiece = 4 * kPieceThreads;
   constexpr int kAhead = 4;
-  constexpr int kStep = 4 * kSelectThreads;
+  const int step = kPieces * static_cast<int>(gridDim.x) * kPiece;
+  const auto own_piece = threadIdx.x / kPieceThreads * gridDim.x + blockIdx.x;
+  const int own_first = static_cast<int>(own_piece) * kPiece + threadIdx.x % kPieceThreads * 4;
   float4 high[kAhead];
   const auto load_upper = [&](int first) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int i = first + a * kStep;
-      if (i < end) high[a] = *reinterpret_cast<const float4*>(upper + i);
+      const int i = first + a * step;
+      if (i < p.vocab_size) high[a] = *reinterpret_cast<const float4*>(upper + i);
     }
   };
   // All that is needed at once, whether or not it will be used.
-  load_upper(begin + 4 * threadIdx.x);
-  load_states(p.states + static_cast<std::size_t>(blockIdx.y) * p.stride, 1, p.stride,
-              shared_state);
+  load_upper(own_first);
+  const RowRequest request = state.request;
+  const bool covered = state.covered;
+  const float top = from_ordered(state.top);
+  static_assert(kSelectThreads == kSummed);
+  Bin own_bin = {}, deep_bin = {};  // the thread's, from the top and from the deep end
+  if (threadIdx.x < kBins) {
+    own_bin = state.bins[threadIdx.x];
+    deep_bin = state.bins[kBins - 1 - threadIdx.x];
+  }
   const bool leads = blockIdx.x == 0 && threadIdx.x == 0;
   if (leads && state.times.sample == 0) state.times.sample = global_ns();
-  const RowRequest request = state.request;
+  load_states(p.states + static_cast<std::size_t>(blockIdx.y) * p.stride, 1, p.stride,
+              shared_state);
   const bool greedy = request.selection == Selection::kGreedy;
-  if (!state.covered) {
+  if (!covered) {
     if (greedy) finish_greedy(p, state);
     return;
   }
-  const float top = from_ordered(state.top);
   if (threadIdx.x == 0) found = 0;
 
   float threshold = -HUGE_VALF;
@@ -281,12 +319,13 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
       threshold = top + logf(request.min_p);
       break;
     case Selection::kTopK:
-      edge = top_k_edge(state, counts);
+      edge = top_k_edge(request.top_k, own_bin, counts);
       // With top-p the tokens below min-p's floor still count in the normaliser.
       if (request.top_p >= 1 && request.min_p > 0) threshold = top + logf(request.min_p);
       break;
     case Selection::kNucleus:
-      edge = nucleus_edge(state, candidate_limit(p.vocab_size), mass, least, counts);
+      edge = nucleus_edge(request.top_p, top, own_bin, deep_bin, candidate_limit(p.vocab_size),
+                          depths);
       break;
     case Selection::kUnlimited:
       threshold = from_ordered(state.best_noisy);
@@ -301,22 +340,22 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
     if (request.selection == Selection::kUnlimited && score + kMostNoise >= threshold) {
       score += gumbel_noise_near(request, i);
     }
-    if (i < end && score >= threshold && (edge == kBins || bin_of(top, score) < edge)) {
+    if (i < p.vocab_size && score >= threshold && (edge == kBins || bin_of(top, score) < edge)) {
       const int c = atomicAdd(&found, 1);
-      if (c < kSliceCandidates) ids[c] = i;
+      if (c < kBlockCandidates) ids[c] = i;
     }
   };
-  for (int first = begin + 4 * threadIdx.x; first < end;) {
+  for (int first = own_first; first < p.vocab_size;) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int i = first + a * kStep;
-      if (i >= end) break;
+      const int i = first + a * step;
+      if (i >= p.vocab_size) break;
       look(i, high[a].x);
       look(i + 1, high[a].y);
       look(i + 2, high[a].z);
       look(i + 3, high[a].w);
     }
-    first += kAhead * kStep;
+    first += kAhead * step;
     load_upper(first);
   }
   __syncthreads();
@@ -324,30 +363,48 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
     if (greedy) finish_greedy(p, state);
     return;
   }
+  int place = 0;
   if (threadIdx.x == 0) {
     // Too many for this block are too many for the row: choose will see it.
-    const int claimed = found <= kSliceCandidates ? found : 2 * kMaxCandidates;
-    base = static_cast<int>(atomicAdd(&state.candidates, static_cast<unsigned>(claimed)));
+    const unsigned claimed = found <= kBlockCandidates ? found : 2 * kMaxCandidates;
+    place = static_cast<int>(atomicAdd(&state.candidates, claimed));
   }
-  if (found > kSliceCandidates) {
+  if (found > kBlockCandidates) {
     if (greedy) finish_greedy(p, state);
     return;
   }
-  for (int c = threadIdx.x / kWarp; c < found; c += kSelectThreads / kWarp) {
-    const __half* const row[1] = {p.lm_head + static_cast<std::size_t>(ids[c]) * p.stride};
+  // A row a warp, or two when there are more: a row's way from memory is what takes time.
+  constexpr int kWarps = kSelectThreads / kWarp;
+  const int warp = threadIdx.x / kWarp;
+  const auto row_of = [&](int c) {
+    return p.lm_head + static_cast<std::size_t>(ids[c]) * p.stride;
+  };
+  if (found <= kWarps && warp < found) {
+    const __half* const row[1] = {row_of(warp)};
     float sum[1][1];
     dot_rows<1, 1, 16>(row, shared_state, p.stride, sum);
-    if (threadIdx.x % kWarp == 0) logits[c] = sum[0][0];
+    if (threadIdx.x % kWarp == 0) logits[warp] = sum[0][0];
   }
+  for (int c = warp; c < found && found > kWarps; c += 2 * kWarps) {
+    const int second = min(c + kWarps, found - 1);
+    const __half* const rows[2] = {row_of(c), row_of(second)};
+    float sum[2][1];
+    dot_rows<2, 1, 6>(rows, shared_state, p.stride, sum);
+    if (threadIdx.x % kWarp == 0) {
+      logits[c] = sum[0][0];
+      if (c + kWarps < found) logits[second] = sum[1][0];
+    }
+  }
+  if (threadIdx.x == 0) base = place;  // only now: its way from memory takes as long as the rows'
   __syncthreads();
   const Scorer score(request, p.seen + static_cast<std::size_t>(blockIdx.y) * p.seen_words);
   ScoredToken* out = p.candidates + static_cast<std::size_t>(blockIdx.y) * kMaxCandidates;
-  for (int c = threadIdx.x; c < found && base + c < kMaxCandidates; c += kSelectThreads) {
+  for (int c = threadIdx.x; c < found; c += kSelectThreads) {
     const float value = score(logits[c], ids[c]);
     if (greedy) {
       atomicMax(&state.best, static_cast<unsigned long long>(ordered(value)) << 32 |
                                  ~static_cast<std::uint32_t>(ids[c]));
-    } else {
+    } else if (base + c < kMaxCandidates) {
       out[base + c] = {value, ids[c]};
     }
   }
@@ -356,58 +413,31 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
 
 // --- choose ---
 
-// What is known about the tokens that are not among the candidates (engine/sampling.h's Rest).
-struct Rest {
-  float ceiling = -HUGE_VALF;
-  unsigned long long mass = 0;
-};
-
-__device__ Rest rest_beyond(const RowState& state, float max) {
-  Rest rest;
-  for (int b = static_cast<int>(state.edge) + threadIdx.x; b < kBins - 1; b += blockDim.x) {
-    const Bin& bin = state.bins[b];
-    if (bin.upper_ends == 0) continue;
-    const float ceiling = from_ordered(bin.ceiling);
-    rest.ceiling = fmaxf(rest.ceiling, ceiling);
-    // One unit a token: exp is not known to be monotone to the last bit.
-    rest.mass += bin.upper_ends * (probability_mass(ceiling, max) + 1);
-  }
-  rest.ceiling = block_reduce(rest.ceiling, -HUGE_VALF, Max());
-  rest.mass = block_reduce(rest.mass, 0ull, Sum());
-  return rest;
-}
-
 // The larger score; of equals the lower id.
 struct Choice {
   double score;
   int id;
 };
-__device__ bool better(const Choice& a, const Choice& b) {
-  if (b.id < 0) return a.id >= 0;
-  return a.id >= 0 && (a.score > b.score || (a.score == b.score && a.id < b.id));
+__device__ Choice from_lane_xor(const Choice& c, int offset) {
+  return {cuda::from_lane_xor(c.score, offset), cuda::from_lane_xor(c.id, offset)};
 }
-__device__ Choice best_in_block(Choice choice) {
-  __shared__ Choice partial[kWarp];
-  const auto warp_best = [](Choice c) {
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      const Choice other = {__shfl_xor_sync(0xffffffffu, c.score, offset),
-                            __shfl_xor_sync(0xffffffffu, c.id, offset)};
-      if (better(other, c)) c = other;
-    }
-    return c;
-  };
-  choice = warp_best(choice);
-  if (threadIdx.x % kWarp == 0) partial[threadIdx.x / kWarp] = choice;
-  __syncthreads();
-  const int lane = threadIdx.x % kWarp;
-  const int warps = blockDim.x / kWarp;
-  return warp_best(lane < warps ? partial[lane] : Choice{0, -1});
+__device__ Choice better(const Choice& a, const Choice& b) {
+  if (b.id < 0) return a;
+  return a.id >= 0 && (a.score > b.score || (a.score == b.score && a.id < b.id)) ? a : b;
 }
 
-// The token, or -1 when the rest could change it. Called by the whole block.
-template <typename Items>
-__device__ int choose_from(Items items, const RowState& state, bool with_rest) {
-  const RowRequest& request = state.request;
+// This thread's part of what lies beyond the band that the candidates come from: bin threadIdx.x.
+__device__ Rest rest_in(const Bin& bin, std::uint32_t edge, float max) {
+  if (threadIdx.x < edge || threadIdx.x >= kBins - 1 || bin.upper_ends == 0) return no_rest();
+  const float ceiling = from_ordered(bin.ceiling);
+  // One unit a token: exp is not known to be monotone to the last bit.
+  return {ceiling, bin.upper_ends * (probability_mass(ceiling, max) + 1)};
+}
+
+// The token, or -1 when tokens that are not among the items could change it: rest(max) is this
+// thread's part of those. Called by the whole block.
+template <typename Items, typename RestBelow>
+__device__ int choose_from(Items items, const RowRequest& request, const RestBelow& rest) {
   const bool greedy = request.selection == Selection::kGreedy;
   float max = -HUGE_VALF;
   for (int i = threadIdx.x; i < items.n; i += blockDim.x) max = fmaxf(max, items.score(i));
@@ -417,13 +447,12 @@ __device__ int choose_from(Items items, const RowState& state, bool with_rest) {
   const bool filters = request.top_k > 0 || request.top_p < 1;
   if (!greedy && isfinite(max)) {
     if (filters) items.know_max(max);
-    const Filtered kept = !filters                            ? Filtered{}
-                          : items.n <= static_cast<int>(kFew) ? filter_few(items, request)
-                                                              : filter_many(items, request, max);
-    if (with_rest && request.top_p < 1) {
-      const Rest rest = rest_beyond(state, max);
-      const double enough = request.top_p * static_cast<double>(kept.total + rest.mass);
-      if (kept.floor <= rest.ceiling || static_cast<double>(kept.inside) < enough) return -1;
+    const Filtered kept = !filters          ? Filtered{}
+                          : items.n <= kFew ? filter_few(items, request, rest(max))
+                                            : filter_many(items, request, max, rest(max));
+    if (kept.rest.mass > 0) {
+      const double enough = request.top_p * static_cast<double>(kept.total + kept.rest.mass);
+      if (kept.floor <= kept.rest.ceiling || static_cast<double>(kept.inside) < enough) return -1;
     }
     floor = fmaxf(kept.floor, max + logf(request.min_p));  // ln 0 is minus infinity
   }
@@ -435,36 +464,49 @@ __device__ int choose_from(Items items, const RowState& state, bool with_rest) {
     const int id = items.id(i);
     Choice own = {score, id};
     if (!greedy && isfinite(max)) own.score += gumbel_noise(request, id);
-    if (better(own, best)) best = own;
+    best = better(own, best);
   }
-  const int token = best_in_block(best).id;
+  const int token = block_reduce(best, Choice{0, -1}, better).id;
   return token < 0 ? 0 : token;  // nothing but NaN: as the CPU, the first
 }
 
 // One block a row.
 __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
   extern __shared__ unsigned long long masses[];
-  float* scores = reinterpret_cast<float*>(masses + Candidates::kCached);
+  auto* cached = reinterpret_cast<ScoredToken*>(masses + Candidates::kCached);
   let_next_start();
   wait_for_previous();
   const RowState& state = p.rows[blockIdx.x];
-  if (state.request.selection == Selection::kGreedy) return;  // select has done it
-  const int n = static_cast<int>(state.candidates);
+  const ScoredToken* items = p.candidates + static_cast<std::size_t>(blockIdx.x) * kMaxCandidates;
+  // All that is needed at once, whether or not it will be used.
+  constexpr int kOwn = Candidates::kCached / kChooseThreads;
+  static_assert(kBins <= kChooseThreads);
+  ScoredToken own[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) own[i] = items[threadIdx.x + i * kChooseThreads];
+  const RowRequest request = state.request;
+  const Ending ending = ending_of(state);
+  const bool finite = state.finite, covered = state.covered;
+  const std::uint32_t edge = state.edge;
+  Bin bin = {};
+  if (threadIdx.x < kBins) bin = state.bins[threadIdx.x];
+
+  if (request.selection == Selection::kGreedy) return;  // select has done it
+  const int n = static_cast<int>(ending.candidates);
   int token = -1;
-  if (state.finite && state.covered && n > 0 && n <= candidate_limit(p.vocab_size)) {
-    const ScoredToken* own = p.candidates + static_cast<std::size_t>(blockIdx.x) * kMaxCandidates;
-    for (int i = threadIdx.x; i < min(n, Candidates::kCached); i += blockDim.x) {
-      scores[i] = own[i].score;
-    }
+  if (finite && covered && n > 0 && n <= candidate_limit(p.vocab_size)) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) cached[threadIdx.x + i * kChooseThreads] = own[i];
     __syncthreads();
-    const Candidates items = {own, n, scores, masses, 0};
-    token = choose_from(items, state, state.request.selection == Selection::kNucleus);
+    const bool nucleus = request.selection == Selection::kNucleus;
+    token = choose_from(Candidates{items, n, cached, masses, 0}, request,
+                        [&](float max) { return nucleus ? rest_in(bin, edge, max) : no_rest(); });
   }
   if (threadIdx.x != 0) return;
-  const Outcome outcome = !state.finite ? Outcome::kNotFinite
-                          : token < 0   ? Outcome::kUncertain
-                                        : Outcome::kToken;
-  finish(p, blockIdx.x, token < 0 ? 0 : token, outcome);
+  const Outcome outcome = !finite     ? Outcome::kNotFinite
+                          : token < 0 ? Outcome::kUncertain
+                                      : Outcome::kToken;
+  finish(p, blockIdx.x, token < 0 ? 0 : token, outcome, ending);
 }
 
 __global__ void __launch_bounds__(kChooseFullThreads) choose_full_kernel(Sample p) {
@@ -476,17 +518,19 @@ __global__ void __launch_bounds__(kChooseFullThreads) choose_full_kernel(Sample 
   const Scorer score(state.request, p.seen + static_cast<std::size_t>(blockIdx.x) * p.seen_words);
   for (int i = threadIdx.x; i < p.vocab_size; i += blockDim.x) scores[i] = score(scores[i], i);
   __syncthreads();
-  const int token = choose_from(Everything{scores, p.vocab_size, 0}, state, false);
+  const int token = choose_from(Everything{scores, p.vocab_size, 0}, state.request,
+                                [](float) { return no_rest(); });
   if (threadIdx.x != 0) return;
   const bool proven = state.covered || !p.need_proof;
   finish(p, blockIdx.x, token,
          !state.finite ? Outcome::kNotFinite
          : proven      ? Outcome::kToken
-                       : Outcome::kUncertain);
+                       : Outcome::kUncertain,
+         ending_of(state));
 }
 
 // Blocks for each of n rows: enough together to fill the device.
-int slices(const Stage& stage, int n, int per_multiprocessor) {
+int blocks_for(const Stage& stage, int n, int per_multiprocessor) {
   const int wanted = per_multiprocessor * stage.multiprocessors;
   return wanted > n ? wanted / n : 1;
 }
@@ -496,7 +540,7 @@ int slices(const Stage& stage, int n, int per_multiprocessor) {
 cudaError_t scan(const Stage& stage, const Sample& args) {
   // Every block adds its bins to the row's: not more blocks than have something to count.
   const int useful = (args.vocab_size + 2 * kScanThreads - 1) / (2 * kScanThreads);
-  const int most = slices(stage, args.n, 2);
+  const int most = blocks_for(stage, args.n, 2);
   return launch(stage, {dim3(useful < most ? useful : most, args.n), dim3(kScanThreads)},
                 scan_kernel, args);
 }
@@ -508,15 +552,15 @@ cudaError_t select(const Stage& stage, const Sample& args) {
         select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  return launch(
-      stage,
-      {dim3(slices(stage, args.n, args.n > 4 ? 2 : 1), args.n), dim3(kSelectThreads), shared_bytes},
-      select_kernel, args);
+  return launch(stage,
+                {dim3(blocks_for(stage, args.n, args.n > 4 ? 2 : 1), args.n), dim3(kSelectThreads),
+                 shared_bytes},
+                select_kernel, args);
 }
 
 cudaError_t choose(const Stage& stage, const Sample& args) {
   constexpr std::size_t kSharedBytes =
-      Candidates::kCached * (sizeof(unsigned long long) + sizeof(float));
+      Candidates::kCached * (sizeof(unsigned long long) + sizeof(ScoredToken));
   static_assert(kSharedBytes <= 32 << 10);  // beside 25 KB of the filters, in a block of 64
   const cudaError_t error = cudaFuncSetAttribute(
       choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));

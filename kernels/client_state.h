@@ -1,0 +1,53 @@
+// Everything that a client keeps on its device.
+#pragma once
+
+#include <memory>
+#include <optional>
+
+#include "absl/status/statusor.h"
+#include "engine/certified_head.h"
+#include "engine/client_folder.h"
+#include "kernels/call_buffers.h"
+#include "kernels/client_backend.h"
+#include "kernels/client_shape.h"
+#include "kernels/client_weights.h"
+#include "kernels/cloak.h"
+#include "kernels/device.h"
+#include "kernels/mailbox.h"
+#include "kernels/subset_head.h"
+
+namespace infemeral::cuda {
+
+// Complete once loaded, but for the cloak, and at the same addresses until it is destroyed: graphs
+// are recorded with them. The members are in the order in which they need each other.
+struct ClientState {
+  DeviceUsage usage;
+  Device device;
+  Cublas cublas;  // of the device's stream
+  ClientShape shape;
+  ClientWeights weights;
+  std::optional<SubsetHead> subset;  // of the subset head
+  CallBuffers buffers;
+  Mailbox mailbox;
+  std::optional<ClientFolder> folder;  // for the cloak
+  std::optional<DeviceCloak> cloak;
+
+  // Takes the folder over when all went well. Errors: make_cuda_client_backend's.
+  static absl::StatusOr<std::unique_ptr<ClientState>> load(ClientFolder& folder, HeadMode mode,
+                                                           CudaMemory memory);
+  ClientState() = default;
+  ClientState(const ClientState&) = delete;
+  ClientState& operator=(const ClientState&) = delete;
+  ~ClientState() { drain(); }
+
+  // Makes the cloak on first use.
+  absl::Status ensure_cloak();
+
+  // Waits until the stream is empty, with this device as the current one.
+  void drain() const;
+
+ private:
+  absl::Status leave_room_for_cloak() const;
+};
+
+}  // namespace infemeral::cuda
