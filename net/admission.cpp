@@ -49,9 +49,19 @@ absl::StatusOr<std::unique_ptr<SessionLease>> Admission::admit(const PublicKey& 
   return lease;
 }
 
+void Admission::set_sessions_per_client(std::uint32_t limit) {
+  const std::lock_guard lock(mutex_);
+  limits_.sessions_per_client = limit;
+}
+
 std::uint32_t Admission::sessions() const {
   const std::lock_guard lock(mutex_);
   return sessions_;
+}
+
+std::uint64_t Admission::positions() const {
+  const std::lock_guard lock(mutex_);
+  return positions_;
 }
 
 }  // namespace infemeral

@@ -48,12 +48,15 @@ class Admission : public std::enable_shared_from_this<Admission> {
   // ResourceExhausted when all sessions, or all of this client, are in use.
   absl::StatusOr<std::unique_ptr<SessionLease>> admit(const PublicKey& client);
   std::uint32_t sessions() const;
+  std::uint64_t positions() const;  // over all sessions
+  // For later sessions.
+  void set_sessions_per_client(std::uint32_t limit);
 
  private:
   friend class SessionLease;
 
-  const AdmissionLimits limits_;
   mutable std::mutex mutex_;
+  AdmissionLimits limits_;
   std::uint32_t sessions_ = 0;
   std::uint64_t positions_ = 0;
   std::map<PublicKey, std::uint32_t> of_client_;  // sessions; without clients that have none

@@ -9,7 +9,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "net/address.h"
 #include "net/connection.h"
+#include "net/listener.h"
+#include "net/tls_credentials.h"
 #include "proto/split_inference.grpc.pb.h"
 
 namespace infemeral {
@@ -17,9 +20,45 @@ namespace {
 
 // Clients ping every 10 s, also between calls; gRPC's default would cut them off as abusive.
 constexpr int kMinPingIntervalMs = 5000;
-// How soon the server notices that a client's machine has vanished.
-constexpr int kKeepaliveTimeMs = 30000;
-constexpr int kKeepaliveTimeoutMs = 10000;
+// A client that has vanished is noticed after at most their sum. Until then it holds its sessions,
+// which it may need itself when it comes back.
+constexpr int kKeepaliveTimeMs = 10000;
+constexpr int kKeepaliveTimeoutMs = 5000;
+// Without a stream a connection is nobody's: a client opens one at once, and a health check
+// connects again.
+constexpr int kIdleMs = 30000;
+// What waits is joined to runs of so many rows. More do not make a CPU faster, and the others'
+// steps wait for a run.
+constexpr std::uint32_t kJoinedRows = 128;
+// A client needs one, and a health check another; nobody gets more for one connection's price.
+constexpr int kStreamsPerConnection = 32;
+
+// A connection's stream over gRPC, which reports each event on some thread of its own.
+class GrpcStream final : public grpc::ServerBidiReactor<v1::Envelope, v1::Envelope>,
+                         public EnvelopeStream {
+ public:
+  GrpcStream(std::shared_ptr<ServerState> state, std::string peer)
+      : connection_(std::make_shared<Connection>(std::move(state), *this, std::move(peer))) {
+    connection_->begin();
+  }
+
+  void start_read(v1::Envelope& envelope) override { StartRead(&envelope); }
+  void start_write(const v1::Envelope& envelope) override { StartWrite(&envelope); }
+  void finish(const absl::Status& status) override {
+    Finish({static_cast<grpc::StatusCode>(status.code()), std::string(status.message())});
+  }
+
+  void OnReadDone(bool ok) override { connection_->on_read_done(ok); }
+  void OnWriteDone(bool ok) override { connection_->on_write_done(ok); }
+  void OnCancel() override { connection_->on_cancel(); }
+  void OnDone() override {
+    connection_->on_done();
+    delete this;
+  }
+
+ private:
+  const std::shared_ptr<Connection> connection_;
+};
 
 class Service : public v1::SplitInference::CallbackService {
  public:
@@ -27,23 +66,24 @@ class Service : public v1::SplitInference::CallbackService {
 
   grpc::ServerBidiReactor<v1::Envelope, v1::Envelope>* Session(
       grpc::CallbackServerContext* context) override {
-    const auto connection = std::make_shared<Connection>(state_, context->peer());
-    connection->begin();
-    return connection.get();
+    return new GrpcStream(state_, context->peer());  // deletes itself
   }
 
  private:
   const std::shared_ptr<ServerState> state_;
 };
 
+absl::Status check_allow(const std::vector<PublicKey>& allow) {
+  if (!allow.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      "the body server needs the public key of at least one client that it serves");
+}
+
 absl::Status check_options(const Body& body, const BodyServerOptions& options) {
   if (options.identity == nullptr) {
     return absl::InvalidArgumentError("the body server needs an identity");
   }
-  if (options.allow.empty()) {
-    return absl::InvalidArgumentError(
-        "the body server needs the public key of at least one client that it serves");
-  }
+  if (absl::Status status = check_allow(options.allow); !status.ok()) return status;
   if (body.info().hidden_size < 1 || body.info().hidden_size > kMaxHiddenSize) {
     return absl::InvalidArgumentError(
         absl::StrCat("a body of hidden size ", body.info().hidden_size, " cannot be served"));
@@ -74,11 +114,12 @@ class GrpcBodyServer final : public BodyServer {
   ~GrpcBodyServer() override { shutdown(std::chrono::milliseconds(0)); }
 
   absl::Status listen() {
+    absl::StatusOr<std::unique_ptr<Listener>> listener =
+        Listener::open(state_->options.listen, state_->options.log);
+    if (!listener.ok()) return listener.status();
     grpc::EnableDefaultHealthCheckService(true);
     grpc::reflection::InitProtoReflectionServerBuilderPlugin();
     grpc::ServerBuilder builder;
-    // A second server on the same port is an error, not a partner.
-    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
     builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
@@ -87,15 +128,27 @@ class GrpcBodyServer final : public BodyServer {
                                kMinPingIntervalMs);
     builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS,
                                static_cast<int>(state_->options.handshake_timeout.count()));
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, kIdleMs);
+    builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsPerConnection);
     builder.SetMaxReceiveMessageSize(kMaxEnvelopeBytes);
-    builder.AddListeningPort(state_->options.listen, grpc::InsecureServerCredentials(), &port_);
+    acceptor_ = builder.experimental().AddExternalConnectionAcceptor(
+        grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+        server_credentials(state_->options.tls));
     builder.RegisterService(&service_);
     server_ = builder.BuildAndStart();
-    if (!server_ || port_ == 0) {
-      server_.reset();
-      return absl::UnavailableError(
-          absl::StrCat("cannot listen on ", state_->options.listen,
-                       "; is the address one of this machine's, and the port free and permitted?"));
+    if (!server_) return absl::InternalError("gRPC does not start a server");
+    listener_ = *std::move(listener);
+    port_ = listener_->port();
+    listener_->start([this](int listening, int connection) {
+      grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters accepted;
+      accepted.listener_fd = listening;
+      accepted.fd = connection;
+      acceptor_->HandleNewConnection(&accepted);
+    });
+    if (!state_->options.tls && !is_loopback(state_->options.listen)) {
+      log_to(
+          state_->options.log, LogLevel::kInfo,
+          "the transport has no TLS; the channel inside is encrypted and authenticated by Noise");
     }
     return absl::OkStatus();
   }
@@ -103,15 +156,30 @@ class GrpcBodyServer final : public BodyServer {
   int port() const override { return port_; }
 
   BodyServerCounters counters() const override {
-    BodyServerCounters counters{.connections = state_->connections,
-                                .handshakes = state_->handshakes,
-                                .refused = state_->refused,
-                                .steps = state_->steps,
-                                .open_sessions = state_->admission->sessions()};
+    BodyServerCounters counters{
+        .connections = state_->connections,
+        .handshakes = state_->handshakes,
+        .refused = state_->refused,
+        .steps = state_->steps,
+        .failed_steps = state_->failed_steps,
+        .refused_sessions = state_->refused_sessions,
+        .refused_steps = state_->refused_steps,
+        .open_sessions = state_->admission->sessions(),
+        .kv_bytes = state_->admission->positions() * state_->body.info().kv_bytes_per_token};
+    {
+      const std::lock_guard lock(state_->latency_mutex);
+      counters.step_latency = state_->step_latency;
+    }
     const std::lock_guard lock(state_->mutex);
     counters.open_connections = static_cast<std::uint32_t>(state_->open.size());
     if (state_->scheduler) counters.waiting_steps = state_->scheduler->waiting();
     return counters;
+  }
+
+  absl::Status set_allow(std::vector<PublicKey> allow) override {
+    if (absl::Status status = check_allow(allow); !status.ok()) return status;
+    state_->set_allow(std::move(allow));
+    return absl::OkStatus();
   }
 
   void shutdown(std::chrono::milliseconds grace) override {
@@ -126,8 +194,14 @@ class GrpcBodyServer final : public BodyServer {
     }
     for (const auto& connection : open) connection->drain();
     open.clear();
-    server_->Shutdown(std::chrono::system_clock::now() + grace);
-    std::unique_ptr<Scheduler> scheduler;
+    {
+      // The port stays open meanwhile: a health check is told NOT_SERVING, a new client to go away.
+      std::unique_lock lock(state_->mutex);
+      state_->changed.wait_for(lock, grace, [&] { return state_->open.empty(); });
+    }
+    listener_.reset();
+    server_->Shutdown(std::chrono::system_clock::now());
+    std::unique_ptr<StepQueue> scheduler;
     {
       std::unique_lock lock(state_->mutex);
       state_->changed.wait(lock, [&] { return state_->open.empty(); });
@@ -141,7 +215,9 @@ class GrpcBodyServer final : public BodyServer {
  private:
   const std::shared_ptr<ServerState> state_;
   Service service_;
+  std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> acceptor_;
   std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<Listener> listener_;
   int port_ = 0;
   std::mutex shutdown_mutex_;
 };
@@ -161,7 +237,10 @@ absl::StatusOr<std::unique_ptr<BodyServer>> BodyServer::start(Body& body,
     return absl::UnimplementedError("this processor has none of the ciphers that are accepted");
   }
   options.ciphers = std::move(ciphers);
-  auto server = std::make_unique<GrpcBodyServer>(std::make_shared<ServerState>(body, options));
+  auto scheduler =
+      std::make_unique<Scheduler>(body, std::min(kJoinedRows, options.max_rows_per_step));
+  auto server = std::make_unique<GrpcBodyServer>(
+      std::make_shared<ServerState>(body, options, std::move(scheduler)));
   if (absl::Status status = server->listen(); !status.ok()) return status;
   return std::unique_ptr<BodyServer>(std::move(server));
 }

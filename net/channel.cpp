@@ -10,8 +10,8 @@ namespace {
 
 using Bytes = std::span<const std::byte>;
 
-constexpr char kLast = 0;
 constexpr char kMore = 1;
+constexpr char kRekey = 2;
 
 void append_big_endian(std::uint32_t value, int bytes, std::string& out) {
   for (int shift = 8 * (bytes - 1); shift >= 0; shift -= 8) {
@@ -28,6 +28,15 @@ std::string noise_prologue(std::uint32_t version, CipherSuite suite) {
   return prologue;
 }
 
+bool FrameSealer::ends_key(std::size_t bytes) {
+  sealed_ += bytes;
+  const Clock::time_point now = Clock::now();
+  if (sealed_ < limits_.bytes && now - key_since_ < limits_.age) return false;
+  sealed_ = 0;
+  key_since_ = now;
+  return true;
+}
+
 absl::Status FrameSealer::seal(Bytes& rest, std::string& data) {
   const std::size_t take = std::min(rest.size(), kRecordsPerEnvelope * kMaxPiece);
   data.clear();
@@ -35,11 +44,13 @@ absl::Status FrameSealer::seal(Bytes& rest, std::string& data) {
   for (Bytes part = rest.first(take); !part.empty();) {
     const std::size_t size = std::min(part.size(), kMaxPiece);
     const bool last = size == part.size() && take == rest.size();
-    plaintext_.assign(1, last ? kLast : kMore);
+    const bool rekey = ends_key(1 + size);
+    plaintext_.assign(1, static_cast<char>((last ? 0 : kMore) | (rekey ? kRekey : 0)));
     plaintext_.append(reinterpret_cast<const char*>(part.data()), size);
     append_big_endian(static_cast<std::uint32_t>(plaintext_.size() + kNoiseTagSize), 2, data);
     absl::Status status = cipher_.encrypt({}, bytes_of(plaintext_), data);
     if (!status.ok()) return status;
+    if (rekey) cipher_.rekey();
     part = part.subspan(size);
   }
   rest = rest.subspan(take);
@@ -61,10 +72,12 @@ absl::Status FrameOpener::open(Bytes data, std::size_t max_frame,
     if (!status.ok()) return status;
     data = data.subspan(2 + length);
 
-    const bool last = plaintext_[0] == kLast;
-    if (!last && (plaintext_[0] != kMore || plaintext_.size() != kNoiseMaxPayload)) {
+    const char flags = plaintext_[0];
+    const bool last = (flags & kMore) == 0;
+    if ((flags & ~(kMore | kRekey)) != 0 || (!last && plaintext_.size() != kNoiseMaxPayload)) {
       return absl::DataLossError("a record of the encrypted channel does not follow the protocol");
     }
+    if ((flags & kRekey) != 0) cipher_.rekey();
     if (plaintext_.size() - 1 > max_frame - std::min(max_frame, frame_.size())) {
       return absl::ResourceExhaustedError(
           absl::StrCat("a frame is larger than the ", max_frame, " bytes that are allowed here"));

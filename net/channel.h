@@ -4,7 +4,8 @@
 //
 //   2 bytes  length of the Noise message, big-endian, 17 .. 65,535
 //   n bytes  the Noise message; its plaintext is
-//              1 byte   0: this piece ends the frame; 1: more follows
+//              1 byte   flags: 1, more of the frame follows; 2, this direction's next record has
+//                       the next key (Noise's Rekey)
 //              rest     the piece
 //
 // Every piece but a frame's last fills its record (65,518 bytes). An envelope's data holds whole
@@ -19,6 +20,7 @@
 // channel, where the answer names what does not fit and nobody else sees them.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -42,14 +44,23 @@ std::string noise_prologue(std::uint32_t version, CipherSuite suite);
 // One direction's sending end.
 class FrameSealer {
  public:
-  explicit FrameSealer(CipherState cipher) : cipher_(std::move(cipher)) {}
+  explicit FrameSealer(CipherState cipher, RekeyLimits limits = {})
+      : cipher_(std::move(cipher)), limits_(limits) {}
 
   // Encrypts the next piece of a frame into `data`, which replaces what it held, and drops that
   // piece from `rest`. To be called until `rest` is empty.
   absl::Status seal(std::span<const std::byte>& rest, std::string& data);
 
  private:
+  using Clock = std::chrono::steady_clock;
+
+  // Whether a record of so many bytes is the last one under this key.
+  bool ends_key(std::size_t bytes);
+
   CipherState cipher_;
+  const RekeyLimits limits_;
+  std::uint64_t sealed_ = 0;  // bytes under this key
+  Clock::time_point key_since_ = Clock::now();
   std::string plaintext_;  // of one record
 };
 

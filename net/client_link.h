@@ -13,6 +13,7 @@
 #include "engine/log.h"
 #include "net/identity.h"
 #include "net/noise.h"
+#include "net/tls.h"
 
 namespace infemeral {
 
@@ -26,14 +27,18 @@ struct ClientLinkOptions {
   std::chrono::milliseconds connect_timeout{5000};  // name, TCP and handshake together
   std::chrono::milliseconds step_timeout{120000};   // one step or open_session()
   std::optional<CipherSuite> force_cipher;          // else AES-GCM where both ends have it
+  std::optional<TlsPem> tls;                        // else the stream runs over plain TCP
+  // Rounds the sizes of frames up, in both directions where the server can (docs/protocol.md).
+  bool pad = false;
+  RekeyLimits rekey;  // of what this end sends
   LogSink log;
 };
 
 // Connects and completes the handshake; the fingerprints are checked by open_session(), which must
 // follow within a minute: the server then ends a connection that has sent nothing. Errors are those
 // of Link. The first error that is not about one request's contents gives the connection up, and
-// the link repeats that error from then on. A stop token that is triggered in the middle of a call
-// gives it up too: that call returns Cancelled, all later ones Unavailable.
+// the link repeats that error until it is told to reconnect(). A stop token that is triggered in
+// the middle of a call gives it up too: that call returns Cancelled, all later ones Unavailable.
 absl::StatusOr<std::unique_ptr<Link>> connect_link(const ClientLinkOptions& options,
                                                    const std::stop_token& stop = {});
 

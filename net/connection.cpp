@@ -1,8 +1,7 @@
 #include "net/connection.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <new>
 #include <utility>
 
 #include "absl/strings/escaping.h"
@@ -12,13 +11,17 @@
 namespace infemeral {
 namespace {
 
-grpc::Status too_many_requests() {
-  return {grpc::StatusCode::RESOURCE_EXHAUSTED,
-          "an envelope brings more requests than may wait for their answers"};
+absl::Status too_many_requests() {
+  return absl::ResourceExhaustedError(
+      "an envelope brings more requests than may wait for their answers");
 }
 
-grpc::Status protocol_error(const absl::Status& status) {
-  return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
+absl::Status no_memory() {
+  return absl::ResourceExhaustedError("the server has no memory for this request");
+}
+
+absl::Status shutting_down() {
+  return absl::UnavailableError("the server is shutting down");
 }
 
 // The beginning is enough to tell two fingerprints apart for a person.
@@ -29,28 +32,6 @@ std::string short_hex(const Fingerprint& fingerprint) {
 
 std::string short_name(const PublicKey& key) {
   return format_public_key(key).substr(0, 25);
-}
-
-bool all_finite(std::span<const float> values) {
-  return std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(x); });
-}
-
-BodyServerOptions without_identity(BodyServerOptions options) {
-  options.identity = nullptr;  // its owner may go
-  return options;
-}
-
-AdmissionLimits admission_limits(const BodyServerOptions& options, const BodyInfo& info) {
-  AdmissionLimits limits{.sessions = options.max_sessions,
-                         .sessions_per_client = options.max_sessions_per_client,
-                         .positions = std::numeric_limits<std::uint64_t>::max()};
-  if (limits.sessions_per_client == 0) {
-    const std::set<PublicKey> clients(options.allow.begin(), options.allow.end());
-    limits.sessions_per_client =
-        clients.size() == 1 ? options.max_sessions : std::max(1u, options.max_sessions / 2);
-  }
-  if (options.max_kv_bytes > 0) limits.positions = options.max_kv_bytes / info.kv_bytes_per_token;
-  return limits;
 }
 
 absl::Status check_fits(const OpenFrame& open, const BodyInfo& body) {
@@ -76,17 +57,9 @@ absl::Status check_fits(const OpenFrame& open, const BodyInfo& body) {
 
 }  // namespace
 
-ServerState::ServerState(Body& served, const BodyServerOptions& given)
-    : body(served),
-      options(without_identity(given)),
-      identity(Identity::from_secret(given.identity->secret_key().copy())),
-      max_frame(max_frame_bytes(given.max_rows_per_step, served.info().hidden_size)),
-      admission(std::make_shared<Admission>(admission_limits(given, served.info()))),
-      watchdog(std::make_unique<Watchdog>()),
-      scheduler(std::make_unique<Scheduler>(served)) {}
-
-Connection::Connection(std::shared_ptr<ServerState> server, std::string peer)
-    : server_(std::move(server)), peer_(std::move(peer)) {}
+Connection::Connection(std::shared_ptr<ServerState> server, EnvelopeStream& stream,
+                       std::string peer)
+    : server_(std::move(server)), stream_(stream), peer_(std::move(peer)) {}
 
 void Connection::begin() {
   ++server_->connections;
@@ -97,7 +70,7 @@ void Connection::begin() {
     draining = server_->draining;
   }
   if (draining) {
-    fail({grpc::StatusCode::UNAVAILABLE, "the server is shutting down"});
+    fail(shutting_down());
     return;
   }
   limit_stage(Stage::kNothing, server_->options.handshake_timeout,
@@ -108,22 +81,28 @@ void Connection::begin() {
 
 void Connection::drain() {
   const std::lock_guard lock(mutex_);
-  end({grpc::StatusCode::UNAVAILABLE, "the server is shutting down"}, false);
+  end(shutting_down(), false);
 }
 
-void Connection::OnReadDone(bool ok) {
+void Connection::on_read_done(bool ok) {
   Stage stage{};
   {
     const std::lock_guard lock(mutex_);
     if (!ok) {
       // The client has nothing more to say, or is gone; what it asked for is still answered.
-      end(grpc::Status::OK, false);
+      end(absl::OkStatus(), false);
       return;
     }
     if (ending_) return;
     stage = stage_;
   }
-  const grpc::Status status = stage == Stage::kNothing ? on_hello() : on_records(stage);
+  absl::Status status;
+  try {
+    status = stage == Stage::kNothing ? on_hello() : on_records(stage);
+  } catch (const std::bad_alloc&) {
+    status =
+        no_memory();  // for an answer, or to read the request: this stream ends, not the server
+  }
   if (!status.ok()) {
     fail(status);
     return;
@@ -133,22 +112,22 @@ void Connection::OnReadDone(bool ok) {
   read_more();
 }
 
-void Connection::OnWriteDone(bool ok) {
+void Connection::on_write_done(bool ok) {
   const std::lock_guard lock(mutex_);
   writing_ = false;
   outgoing_.pop_front();
-  if (!ok) end({grpc::StatusCode::UNAVAILABLE, "the client went away"}, true);
+  if (!ok) end(absl::UnavailableError("the client went away"), true);
   write_more();
   read_more();
   finish_when_ready();
 }
 
-void Connection::OnCancel() {
+void Connection::on_cancel() {
   const std::lock_guard lock(mutex_);
-  end(grpc::Status::CANCELLED, true);
+  end(absl::CancelledError("the client cancelled the stream"), true);
 }
 
-void Connection::OnDone() {
+void Connection::on_done() {
   // The server may be gone as soon as this connection is off its list, and the connection as soon
   // as this function returns.
   const std::shared_ptr<ServerState> server = server_;
@@ -168,67 +147,55 @@ void Connection::OnDone() {
 
 // ---- the read side ----
 
-grpc::Status Connection::refuse(grpc::Status status) {
+absl::Status Connection::refuse(absl::Status status) {
   ++server_->refused;
   log_to(server_->options.log, LogLevel::kWarning,
-         "refused " + peer_ + ": " + status.error_message());
+         "refused " + peer_ + ": " + std::string(status.message()));
   return status;
 }
 
-grpc::Status Connection::on_hello() {
+absl::Status Connection::on_hello() {
+  if (!incoming_.has_hello()) {
+    return refuse(absl::InvalidArgumentError("the first message is no hello"));
+  }
   const std::vector<CipherSuite>& ciphers = server_->options.ciphers;
   const std::optional<CipherSuite> suite =
       cipher_suite_from_number(static_cast<std::uint32_t>(incoming_.hello().cipher()));
-  if (!incoming_.has_hello()) {
-    return refuse({grpc::StatusCode::INVALID_ARGUMENT, "the first message is no hello"});
-  }
   if (incoming_.hello().version() != kProtocolVersion || !suite ||
       std::find(ciphers.begin(), ciphers.end(), *suite) == ciphers.end()) {
-    v1::Envelope envelope;
-    envelope.mutable_refusal()->add_versions(kProtocolVersion);
-    for (const CipherSuite cipher : ciphers) {
-      envelope.mutable_refusal()->add_ciphers(static_cast<v1::Cipher>(cipher));
-    }
-    ++server_->refused;
-    const std::lock_guard lock(mutex_);
-    outgoing_.push_back(std::move(envelope));
-    write_more();
-    end({grpc::StatusCode::FAILED_PRECONDITION,
-         "the server does not speak this protocol version or cipher"},
-        false);
-    return grpc::Status::OK;
-  }
-
-  const std::string prologue = noise_prologue(kProtocolVersion, *suite);
-  absl::StatusOr<NoiseHandshake> handshake =
-      NoiseHandshake::responder(*suite, bytes_of(prologue), server_->identity);
-  if (!handshake.ok()) return refuse(protocol_error(handshake.status()));
-  std::string payload;
-  const bool size_fits = incoming_.data().size() == kNoiseMessage1Size;
-  if (!size_fits || !handshake->read_message(bytes_of(incoming_.data()), payload).ok()) {
-    return refuse(
-        {grpc::StatusCode::UNAUTHENTICATED, "the handshake was not made for this server's key"});
-  }
-  if (!contains_key(server_->options.allow, handshake->remote_static())) {
-    return refuse(
-        {grpc::StatusCode::PERMISSION_DENIED, "the client's key is not on this server's list"});
+    send_refusal();
+    return absl::OkStatus();
   }
   v1::Envelope envelope;
-  absl::Status status = handshake->write_message({}, *envelope.mutable_data());
   absl::StatusOr<NoiseTransport> transport =
-      status.ok() ? handshake->split() : absl::StatusOr<NoiseTransport>(status);
-  if (!transport.ok()) return refuse(protocol_error(transport.status()));
+      server_->shake_hands(*suite, incoming_.data(), *envelope.mutable_data());
+  if (!transport.ok()) return refuse(transport.status());
 
   client_ = transport->remote_static;
   opener_ = std::make_unique<FrameOpener>(std::move(transport->receive));
   limit_stage(Stage::kHello, server_->options.first_frame_timeout,
               "no frame followed the handshake in time");
   const std::lock_guard lock(mutex_);
-  sealer_ = std::make_unique<FrameSealer>(std::move(transport->send));
+  sealer_ = std::make_unique<FrameSealer>(std::move(transport->send), server_->options.rekey);
   stage_ = Stage::kHello;
   outgoing_.push_back(std::move(envelope));
   write_more();
-  return grpc::Status::OK;
+  return absl::OkStatus();
+}
+
+// Says what the server speaks, and ends the stream.
+void Connection::send_refusal() {
+  v1::Envelope envelope;
+  envelope.mutable_refusal()->add_versions(kProtocolVersion);
+  for (const CipherSuite cipher : server_->options.ciphers) {
+    envelope.mutable_refusal()->add_ciphers(static_cast<v1::Cipher>(cipher));
+  }
+  ++server_->refused;
+  const std::lock_guard lock(mutex_);
+  outgoing_.push_back(std::move(envelope));
+  write_more();
+  end(absl::FailedPreconditionError("the server does not speak this protocol version or cipher"),
+      false);
 }
 
 void Connection::on_proof() {
@@ -249,39 +216,39 @@ void Connection::limit_stage(Stage stage, std::chrono::milliseconds timeout, con
         const std::lock_guard lock(self->mutex_);
         if (self->stage_ > stage || self->ending_) return;
         ++self->server_->refused;
-        self->end({grpc::StatusCode::DEADLINE_EXCEEDED, missing}, true);
+        self->end(absl::DeadlineExceededError(missing), true);
       });
 }
 
-grpc::Status Connection::on_records(Stage stage) {
+absl::Status Connection::on_records(Stage stage) {
   if (incoming_.has_hello()) {
-    return {grpc::StatusCode::INVALID_ARGUMENT, "a second hello on one stream"};
+    return absl::InvalidArgumentError("a second hello on one stream");
   }
   std::vector<std::string> frames;
   const std::size_t max_frame = opened_once_ ? server_->max_frame : kMaxFrameOverhead;
   if (absl::Status status = opener_->open(bytes_of(incoming_.data()), max_frame, frames);
       !status.ok()) {
-    return stage == Stage::kHello ? refuse(protocol_error(status)) : protocol_error(status);
+    return stage == Stage::kHello ? refuse(status) : status;
   }
   if (stage == Stage::kHello) on_proof();
   if (frames.size() > server_->options.max_pending_per_connection) return too_many_requests();
   for (const std::string& bytes : frames) {
     absl::StatusOr<Frame> frame = decode_frame(bytes_of(bytes));
-    if (!frame.ok()) return protocol_error(frame.status());
-    if (grpc::Status status = on_frame(*std::move(frame)); !status.ok()) return status;
+    if (!frame.ok()) return frame.status();
+    if (absl::Status status = on_frame(*std::move(frame)); !status.ok()) return status;
   }
-  return grpc::Status::OK;
+  return absl::OkStatus();
 }
 
-grpc::Status Connection::on_frame(Frame frame) {
+absl::Status Connection::on_frame(Frame frame) {
   if (const auto* close = std::get_if<CloseFrame>(&frame.kind)) {
     sessions_.erase(close->session);
-    return grpc::Status::OK;
+    return absl::OkStatus();
   }
   auto* open = std::get_if<OpenFrame>(&frame.kind);
   auto* step = std::get_if<StepFrame>(&frame.kind);
   if (open == nullptr && step == nullptr) {
-    return {grpc::StatusCode::INVALID_ARGUMENT, "a frame that only a server sends"};
+    return absl::InvalidArgumentError("a frame that only a server sends");
   }
   {
     const std::lock_guard lock(mutex_);
@@ -290,19 +257,23 @@ grpc::Status Connection::on_frame(Frame frame) {
     ++pending_;
   }
   if (open != nullptr) {
+    if (open->pad) pad_ = true;
     absl::StatusOr<OpenedFrame> opened = open_session(*open);
     if (opened.ok()) {
-      answer(frame.request, *std::move(opened));
+      answer(frame.request, *std::move(opened), padded_bytes(WireDtype::kF32, 0));
     } else {
-      answer(frame.request, ErrorFrame{opened.status()});
+      ++server_->refused_sessions;
+      answer(frame.request, ErrorFrame{opened.status()}, padded_bytes(WireDtype::kF32, 0));
     }
   } else if (absl::Status status = submit_step(frame.request, *step); !status.ok()) {
-    answer(frame.request, ErrorFrame{status});
+    ++server_->refused_steps;
+    answer(frame.request, ErrorFrame{status},
+           padded_bytes(step->tensor.dtype, output_rows(step->wanted, step->rows)));
   }
-  return grpc::Status::OK;
+  return absl::OkStatus();
 }
 
-absl::StatusOr<OpenedFrame> Connection::open_session(const OpenFrame& open) {
+absl::StatusOr<OpenedFrame> Connection::open_session(const OpenFrame& open) try {
   const BodyInfo& info = server_->body.info();
   if (absl::Status status = check_fits(open, info); !status.ok()) return status;
   absl::StatusOr<std::unique_ptr<SessionLease>> lease = server_->admission->admit(client_);
@@ -322,10 +293,14 @@ absl::StatusOr<OpenedFrame> Connection::open_session(const OpenFrame& open) {
                       .hidden_size = info.hidden_size,
                       .max_context = info.max_context,
                       .max_rows = server_->options.max_rows_per_step,
-                      .body = info.description}};
+                      .body = info.description},
+                     pad_};
+} catch (const std::bad_alloc&) {
+  return no_memory();
 }
 
-absl::Status Connection::submit_step(std::uint64_t request, const StepFrame& step) {
+absl::Status Connection::submit_step(std::uint64_t request, const StepFrame& step) try {
+  const auto received = Clock::now();
   const BodyInfo& info = server_->body.info();
   const auto found = sessions_.find(step.session);
   if (found == sessions_.end()) {
@@ -341,65 +316,68 @@ absl::Status Connection::submit_step(std::uint64_t request, const StepFrame& ste
                                                    "; shorten the prompt or the answer"));
   }
   const WireDtype dtype = step.tensor.dtype;
-  const std::size_t hidden_size = info.hidden_size;
-  const std::size_t row_bytes = wire_row_bytes(dtype, hidden_size);
-  std::vector<std::byte> wire;
-  if (absl::Status status = unpack_tensor(step.tensor, step.rows * row_bytes, wire); !status.ok()) {
-    return status;
-  }
+  absl::StatusOr<std::vector<float>> states = unpack_rows(step.tensor, step.rows, info.hidden_size);
+  if (!states.ok()) return states.status();
+  // Last, so that a step that is refused takes no room.
+  const std::uint32_t end = step.start_pos + step.rows;
+  if (absl::Status status = found->second->lease->reserve(end); !status.ok()) return status;
   StepJob job{.session = found->second,
               .start_pos = step.start_pos,
               .rows = step.rows,
               .wanted = step.wanted,
-              .states = std::vector<float>(step.rows * hidden_size)};
-  for (std::size_t i = 0; i < step.rows; ++i) {
-    const std::span<float> row = std::span<float>(job.states).subspan(i * hidden_size, hidden_size);
-    decode_wire_row(dtype, wire.data() + i * row_bytes, row);
-    if (!all_finite(row)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("row ", i, " of the step holds a value that is not finite"));
-    }
-  }
-  // Last, so that a step that is refused takes no room.
-  const std::uint32_t end = step.start_pos + step.rows;
-  if (absl::Status status = found->second->lease->reserve(end); !status.ok()) return status;
+              .states = *std::move(states)};
   job.abandoned = [self = shared_from_this()] { return self->gone_.load(); };
-  job.done = [self = shared_from_this(), request, dtype](StepJob& done) {
-    self->on_step_done(request, dtype, done);
+  job.done = [self = shared_from_this(), request, dtype, received](StepJob& done) {
+    self->on_step_done(request, dtype, received, done);
   };
   server_->scheduler->submit(std::move(job));
   return absl::OkStatus();
+} catch (const std::bad_alloc&) {
+  return no_memory();
 }
 
 // ---- answers ----
 
-void Connection::on_step_done(std::uint64_t request, WireDtype dtype, StepJob& job) {
-  ++server_->steps;
-  if (!job.status.ok()) {
-    answer(request, ErrorFrame{job.status});
-    return;
-  }
+decltype(Frame::kind) Connection::result_frame(WireDtype dtype, const StepJob& job) const {
+  if (!job.status.ok()) return ErrorFrame{job.status};
   if (!all_finite(job.out)) {
-    answer(request, ErrorFrame{absl::InternalError(
-                        "the body computed a value that is not finite; is its folder damaged?")});
-    return;
+    return ErrorFrame{absl::InternalError(
+        "the body computed a value that is not finite; is its folder damaged?")};
   }
   const std::size_t hidden_size = server_->body.info().hidden_size;
-  const std::size_t row_bytes = wire_row_bytes(dtype, hidden_size);
-  const std::size_t rows = job.out.size() / hidden_size;
-  std::vector<std::byte> wire(rows * row_bytes);
-  for (std::size_t i = 0; i < rows; ++i) {
-    encode_wire_row(dtype, std::span<const float>(job.out).subspan(i * hidden_size, hidden_size),
-                    wire.data() + i * row_bytes);
-  }
-  answer(request, OutputFrame{.rows = static_cast<std::uint32_t>(rows),
-                              .kv_len = job.kv_len,
-                              .compute_ms = job.compute_ms,
-                              .tensor = pack_tensor(dtype, wire)});
+  return OutputFrame{.rows = static_cast<std::uint32_t>(job.out.size() / hidden_size),
+                     .kv_len = job.kv_len,
+                     .compute_ms = job.compute_ms,
+                     .tensor = pack_rows(dtype, job.out, hidden_size)};
 }
 
-void Connection::answer(std::uint64_t request, decltype(Frame::kind) kind) {
-  const std::string bytes = encode_frame({request, std::move(kind)});
+void Connection::on_step_done(std::uint64_t request, WireDtype dtype, Clock::time_point received,
+                              const StepJob& job) try {
+  decltype(Frame::kind) result = result_frame(dtype, job);
+  // Counted before the answer leaves, so that who has the answer finds it in the counters.
+  const double seconds = std::chrono::duration<double>(Clock::now() - received).count();
+  const auto bucket =
+      std::lower_bound(kStepLatencyBounds.begin(), kStepLatencyBounds.end(), seconds);
+  {
+    const std::lock_guard lock(server_->latency_mutex);
+    ++server_->step_latency.counts[static_cast<std::size_t>(bucket - kStepLatencyBounds.begin())];
+    server_->step_latency.sum_seconds += seconds;
+  }
+  ++server_->steps;
+  if (std::holds_alternative<ErrorFrame>(result)) ++server_->failed_steps;
+  answer(request, std::move(result), padded_bytes(dtype, output_rows(job.wanted, job.rows)));
+} catch (const std::bad_alloc&) {
+  fail(no_memory());  // the answer is lost, and with it the stream
+}
+
+std::size_t Connection::padded_bytes(WireDtype dtype, std::uint32_t rows_back) const {
+  return padded_frame_bytes(rows_back, wire_row_bytes(dtype, server_->body.info().hidden_size),
+                            server_->options.max_rows_per_step);
+}
+
+void Connection::answer(std::uint64_t request, decltype(Frame::kind) kind,
+                        std::size_t padded_bytes) {
+  const std::string bytes = encode_frame({request, std::move(kind)}, pad_ ? padded_bytes : 0);
   const std::lock_guard lock(mutex_);
   --pending_;
   if (!gone_) {
@@ -407,7 +385,7 @@ void Connection::answer(std::uint64_t request, decltype(Frame::kind) kind) {
     for (std::span<const std::byte> rest = bytes_of(bytes); !rest.empty();) {
       v1::Envelope envelope;
       if (absl::Status status = sealer_->seal(rest, *envelope.mutable_data()); !status.ok()) {
-        end(protocol_error(status), true);
+        end(status, true);
         break;
       }
       outgoing_.push_back(std::move(envelope));
@@ -418,7 +396,7 @@ void Connection::answer(std::uint64_t request, decltype(Frame::kind) kind) {
   finish_when_ready();
 }
 
-void Connection::fail(grpc::Status status) {
+void Connection::fail(absl::Status status) {
   const std::lock_guard lock(mutex_);
   end(std::move(status), true);
 }
@@ -431,20 +409,20 @@ void Connection::read_more() {
   if (reading_ || ending_ || unanswered >= server_->options.max_pending_per_connection) return;
   reading_ = true;
   incoming_.Clear();
-  StartRead(&incoming_);
+  stream_.start_read(incoming_);
 }
 
 void Connection::write_more() {
   if (writing_ || finished_ || outgoing_.empty()) return;
   writing_ = true;
-  StartWrite(&outgoing_.front());
+  stream_.start_write(outgoing_.front());
 }
 
-void Connection::end(grpc::Status status, bool at_once) {
+void Connection::end(absl::Status status, bool at_once) {
   if (!ending_) ending_ = std::move(status);
   if (at_once) {
     gone_ = true;
-    // Except for the envelope that gRPC is writing.
+    // Except for the envelope that is being written.
     outgoing_.resize(writing_ ? 1 : 0);
   }
   finish_when_ready();
@@ -455,7 +433,7 @@ void Connection::finish_when_ready() {
   if (!gone_ && (pending_ > 0 || !outgoing_.empty())) return;
   finished_ = true;
   gone_ = true;
-  Finish(*ending_);
+  stream_.finish(*ending_);
 }
 
 }  // namespace infemeral

@@ -1,6 +1,7 @@
 #include "net/frames.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -80,6 +81,7 @@ void set_kind(const OpenFrame& open, v1::Frame& message) {
   out->set_model_fingerprint(open.model_fingerprint.data(), open.model_fingerprint.size());
   out->set_cloak_commitment(open.cloak_commitment.data(), open.cloak_commitment.size());
   out->set_hidden_size(open.hidden_size);
+  out->set_pad(open.pad);
 }
 
 void set_kind(const OpenedFrame& opened, v1::Frame& message) {
@@ -89,6 +91,7 @@ void set_kind(const OpenedFrame& opened, v1::Frame& message) {
   out->set_max_context(opened.session.max_context);
   out->set_max_rows(opened.session.max_rows);
   out->set_body(clean_text(opened.session.body));
+  out->set_padded(opened.padded);
 }
 
 void set_kind(StepFrame step, v1::Frame& message) {
@@ -120,7 +123,7 @@ void set_kind(const ErrorFrame& error, v1::Frame& message) {
 }
 
 absl::StatusOr<OpenFrame> get_open(const v1::Open& message) {
-  OpenFrame open{.hidden_size = message.hidden_size()};
+  OpenFrame open{.hidden_size = message.hidden_size(), .pad = message.pad()};
   if (!get_fingerprint(message.model_fingerprint(), open.model_fingerprint) ||
       !get_fingerprint(message.cloak_commitment(), open.cloak_commitment)) {
     return bad_frame("a fingerprint that is not 32 bytes long");
@@ -143,7 +146,8 @@ absl::StatusOr<OpenedFrame> get_opened(v1::Opened* message) {
                       .hidden_size = message->hidden_size(),
                       .max_context = message->max_context(),
                       .max_rows = message->max_rows(),
-                      .body = std::move(*message->mutable_body())}};
+                      .body = std::move(*message->mutable_body())},
+                     message->padded()};
 }
 
 absl::StatusOr<StepFrame> get_step(v1::Step* message) {
@@ -201,13 +205,38 @@ absl::StatusOr<Frame> framed(std::uint64_t request, absl::StatusOr<Kind> kind) {
   return Frame{request, *std::move(kind)};
 }
 
+// A padding field without contents: its tag and its length.
+constexpr std::size_t kEmptyPadding = 2;
+
+std::size_t padding_field_bytes(std::size_t contents) {
+  const std::size_t length_bytes = 1 + (std::bit_width(contents | 1) - 1) / 7;  // a varint
+  return 1 + length_bytes + contents;
+}
+
+// Makes the message longer by exactly `bytes`, at least kEmptyPadding.
+void add_padding(std::size_t bytes, v1::Frame& message) {
+  std::size_t contents = bytes - kEmptyPadding;
+  while (padding_field_bytes(contents) > bytes) --contents;
+  // Where the length takes one byte more, a size is left out: two fields make it.
+  if (padding_field_bytes(contents) < bytes) {
+    message.add_padding();
+    add_padding(bytes - kEmptyPadding, message);
+    return;
+  }
+  message.add_padding()->assign(contents, '\0');
+}
+
 }  // namespace
 
-std::string encode_frame(Frame frame) {
+std::string encode_frame(Frame frame, std::size_t size) {
   v1::Frame message;
   message.set_version(kProtocolVersion);
   message.set_request(frame.request);
   std::visit([&](auto& kind) { set_kind(std::move(kind), message); }, frame.kind);
+  if (size > 0) {
+    const std::size_t bare = message.ByteSizeLong();
+    if (bare + kEmptyPadding <= size) add_padding(size - bare, message);
+  }
   return message.SerializeAsString();
 }
 
@@ -239,6 +268,13 @@ absl::StatusOr<Frame> decode_frame(std::span<const std::byte> bytes) {
       break;
   }
   return bad_frame("unknown contents");
+}
+
+std::size_t padded_frame_bytes(std::uint32_t rows, std::size_t row_bytes, std::uint32_t max_rows) {
+  // What a Step or an Output needs beyond its tensor is less than 60 bytes.
+  constexpr std::size_t kBesideTensor = 128;
+  const std::size_t bucket = rows == 0 ? 0 : std::min(std::bit_ceil(rows), max_rows);
+  return std::max(kMaxFrameOverhead, kBesideTensor + bucket * row_bytes);
 }
 
 std::size_t max_frame_bytes(std::uint32_t max_rows, std::size_t hidden_size) {

@@ -29,10 +29,12 @@ struct OpenFrame {
   Fingerprint model_fingerprint{};
   Fingerprint cloak_commitment{};
   std::uint32_t hidden_size = 0;
+  bool pad = false;  // asks the server to pad its frames
 };
 
 struct OpenedFrame {
   SessionInfo session;
+  bool padded = false;  // the server does
 };
 
 struct StepFrame {
@@ -66,11 +68,16 @@ struct Frame {
 };
 
 // Takes the frame's tensor with it. Texts are cut to kMaxTextBytes; what is not printable ASCII in
-// them becomes '?'.
-std::string encode_frame(Frame frame);
+// them becomes '?'. A frame that is at least two bytes shorter than `size` is padded to it.
+std::string encode_frame(Frame frame, std::size_t size = 0);
 
 // InvalidArgument for bytes that are no frame; Unimplemented for a frame of another version.
 absl::StatusOr<Frame> decode_frame(std::span<const std::byte> bytes);
+
+// The size of every padded frame that carries `rows` rows, or is the answer to a step that asked
+// for so many: whatever else is in it, and whether LZ4 made its tensor shorter, it fits. Row counts
+// are rounded up to powers of two, but not beyond `max_rows`.
+std::size_t padded_frame_bytes(std::uint32_t rows, std::size_t row_bytes, std::uint32_t max_rows);
 
 // The largest frame that a session of these sizes can need.
 std::size_t max_frame_bytes(std::uint32_t max_rows, std::size_t hidden_size);

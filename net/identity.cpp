@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "engine/json_file.h"
 
 namespace infemeral {
 namespace {
@@ -52,17 +53,6 @@ class File {
  private:
   int descriptor_;
 };
-
-bool write_all(int descriptor, const char* data, std::size_t size) {
-  while (size > 0) {
-    const ssize_t written = ::write(descriptor, data, size);
-    if (written < 0 && errno == EINTR) continue;
-    if (written <= 0) return false;
-    data += written;
-    size -= static_cast<std::size_t>(written);
-  }
-  return true;
-}
 
 }  // namespace
 
@@ -124,16 +114,6 @@ absl::StatusOr<Identity> Identity::load(const std::string& path) {
 }
 
 absl::Status Identity::save(const std::string& path) const {
-  const int descriptor = ::open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-  if (descriptor < 0) {
-    const int error = errno;
-    if (error == EEXIST) {
-      return absl::AlreadyExistsError(
-          absl::StrCat(path, " exists already; choose another name or move the old key away"));
-    }
-    return absl::ErrnoToStatus(error, absl::StrCat("cannot create the secret key file ", path));
-  }
-  const File file(descriptor);
   SecretBytes<kSecretPrefix.size() + kBase64Size + 1> line;
   auto* text = reinterpret_cast<char*>(line.data());
   std::memcpy(text, kSecretPrefix.data(), kSecretPrefix.size());
@@ -141,12 +121,12 @@ absl::Status Identity::save(const std::string& path) const {
   sodium_bin2base64(text + kSecretPrefix.size(), kBase64Size + 1, secret_key_.data(),
                     SecretKey::size(), kBase64);
   text[line.size() - 1] = '\n';
-  if (!write_all(descriptor, text, line.size()) || ::fsync(descriptor) != 0) {
-    const int error = errno;
-    ::unlink(path.c_str());
-    return absl::ErrnoToStatus(error, absl::StrCat("cannot write the secret key file ", path));
+  absl::Status status = write_new_file(path, {text, line.size()}, 0600);
+  if (absl::IsAlreadyExists(status)) {
+    return absl::AlreadyExistsError(
+        absl::StrCat(path, " exists already; choose another name or move the old key away"));
   }
-  return absl::OkStatus();
+  return status;
 }
 
 std::string format_public_key(const PublicKey& key) {

@@ -14,7 +14,6 @@ namespace {
 using Bytes = std::span<const std::byte>;
 using Hash = std::array<std::uint8_t, 32>;
 
-static_assert(crypto_aead_aes256gcm_KEYBYTES == 32 && crypto_aead_aes256gcm_ABYTES == 16);
 static_assert(crypto_aead_chacha20poly1305_ietf_ABYTES == kNoiseTagSize);
 static_assert(crypto_scalarmult_BYTES == 32 && crypto_hash_sha256_BYTES == 32);
 
@@ -101,11 +100,7 @@ bool cipher_suite_available(CipherSuite suite) {
 
 CipherState::CipherState(CipherSuite suite, SecretBytes<32> key)
     : suite_(suite), key_(std::move(key)) {
-  if (suite_ == CipherSuite::kAesGcm) crypto_aead_aes256gcm_beforenm(&aes_, key_.data());
-}
-
-CipherState::~CipherState() {
-  sodium_memzero(&aes_, sizeof aes_);
+  if (suite_ == CipherSuite::kAesGcm) aes_ = AesGcm(key_);
 }
 
 CipherState::CipherState(CipherState&& other) noexcept {
@@ -118,8 +113,7 @@ CipherState& CipherState::operator=(CipherState&& other) noexcept {
   poisoned_ = std::exchange(other.poisoned_, true);
   nonce_ = other.nonce_;
   key_ = std::move(other.key_);
-  std::memcpy(&aes_, &other.aes_, sizeof aes_);
-  sodium_memzero(&other.aes_, sizeof other.aes_);
+  aes_ = std::move(other.aes_);
   return *this;
 }
 
@@ -133,6 +127,16 @@ absl::Status CipherState::check_usable() const {
   return absl::OkStatus();
 }
 
+bool CipherState::encrypt_with(std::uint64_t nonce, Bytes associated, Bytes plaintext,
+                               unsigned char* target) const {
+  const auto bytes = nonce_bytes(suite_, nonce);
+  if (suite_ == CipherSuite::kAesGcm) return aes_.encrypt(bytes, associated, plaintext, target);
+  crypto_aead_chacha20poly1305_ietf_encrypt(target, nullptr, raw(plaintext), plaintext.size(),
+                                            raw(associated), associated.size(), nullptr,
+                                            bytes.data(), key_.data());
+  return true;
+}
+
 absl::Status CipherState::encrypt(Bytes associated, Bytes plaintext, std::string& out) {
   if (absl::Status status = check_usable(); !status.ok()) return status;
   if (plaintext.size() > kNoiseMaxPayload) {
@@ -141,16 +145,11 @@ absl::Status CipherState::encrypt(Bytes associated, Bytes plaintext, std::string
   }
   const std::size_t begin = out.size();
   out.resize(begin + plaintext.size() + kNoiseTagSize);
-  auto* target = reinterpret_cast<unsigned char*>(out.data() + begin);
-  const auto nonce = nonce_bytes(suite_, nonce_++);
-  if (suite_ == CipherSuite::kAesGcm) {
-    crypto_aead_aes256gcm_encrypt_afternm(target, nullptr, raw(plaintext), plaintext.size(),
-                                          raw(associated), associated.size(), nullptr, nonce.data(),
-                                          &aes_);
-  } else {
-    crypto_aead_chacha20poly1305_ietf_encrypt(target, nullptr, raw(plaintext), plaintext.size(),
-                                              raw(associated), associated.size(), nullptr,
-                                              nonce.data(), key_.data());
+  if (!encrypt_with(nonce_++, associated, plaintext,
+                    reinterpret_cast<unsigned char*>(out.data() + begin))) {
+    out.resize(begin);
+    poisoned_ = true;
+    return absl::InternalError("OpenSSL cannot encrypt");
   }
   return absl::OkStatus();
 }
@@ -158,22 +157,20 @@ absl::Status CipherState::encrypt(Bytes associated, Bytes plaintext, std::string
 absl::Status CipherState::decrypt(Bytes associated, Bytes message, std::string& out) {
   if (absl::Status status = check_usable(); !status.ok()) return status;
   const std::size_t begin = out.size();
-  int result = -1;
+  bool genuine = false;
   if (message.size() >= kNoiseTagSize && message.size() <= kNoiseMaxMessage) {
     out.resize(begin + message.size() - kNoiseTagSize);
     auto* target = reinterpret_cast<unsigned char*>(out.data() + begin);
     const auto nonce = nonce_bytes(suite_, nonce_);
     if (suite_ == CipherSuite::kAesGcm) {
-      result = crypto_aead_aes256gcm_decrypt_afternm(target, nullptr, nullptr, raw(message),
-                                                     message.size(), raw(associated),
-                                                     associated.size(), nonce.data(), &aes_);
+      genuine = aes_.decrypt(nonce, associated, message, target);
     } else {
-      result = crypto_aead_chacha20poly1305_ietf_decrypt(
-          target, nullptr, nullptr, raw(message), message.size(), raw(associated),
-          associated.size(), nonce.data(), key_.data());
+      genuine = crypto_aead_chacha20poly1305_ietf_decrypt(
+                    target, nullptr, nullptr, raw(message), message.size(), raw(associated),
+                    associated.size(), nonce.data(), key_.data()) == 0;
     }
   }
-  if (result != 0) {
+  if (!genuine) {
     out.resize(begin);
     poisoned_ = true;
     return absl::DataLossError(
@@ -181,6 +178,18 @@ absl::Status CipherState::decrypt(Bytes associated, Bytes message, std::string& 
   }
   ++nonce_;
   return absl::OkStatus();
+}
+
+void CipherState::rekey() {
+  // REKEY: what 32 zeros become under the reserved nonce, without their tag.
+  static constexpr std::array<std::byte, kKeySize> kZeros{};
+  SecretBytes<kKeySize + kNoiseTagSize> sealed;
+  if (poisoned_ || !encrypt_with(kReservedNonce, {}, kZeros, sealed.data())) {
+    poisoned_ = true;
+    return;
+  }
+  std::memcpy(key_.data(), sealed.data(), kKeySize);
+  if (suite_ == CipherSuite::kAesGcm) aes_ = AesGcm(key_);
 }
 
 NoiseHandshake::NoiseHandshake(CipherSuite suite, bool initiator, const Identity& self,

@@ -7,13 +7,15 @@
 //   <- e, ee, se            message 2, 48 bytes with an empty payload
 //
 // After message 2 both ends have authenticated each other and hold one CipherState for each
-// direction. The primitives are libsodium's; this file is the order in which they are called.
+// direction. The primitives are libsodium's and, for AES-GCM, OpenSSL's; this file is the order in
+// which they are called.
 //
 // A failed read poisons its object: every later call is refused, so that nothing can be probed
 // twice. Objects are used by one thread at a time. Keys are wiped with the object.
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -22,6 +24,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "net/aes_gcm.h"
 #include "net/identity.h"
 #include "net/secret.h"
 
@@ -43,11 +46,17 @@ inline constexpr std::size_t kNoiseMaxPayload = kNoiseMaxMessage - kNoiseTagSize
 inline constexpr std::size_t kNoiseMessage1Size = 96;  // with an empty payload
 inline constexpr std::size_t kNoiseMessage2Size = 48;
 
+// How long a sender keeps a key: the record that reaches either limit is the last one under it.
+// 64 GiB are 2^32 blocks of AES, with which an attacker's advantage over GCM is about 2^-64.
+struct RekeyLimits {
+  std::uint64_t bytes = std::uint64_t{64} << 30;  // of plaintext
+  std::chrono::steady_clock::duration age = std::chrono::hours(1);
+};
+
 // A key and a counter: one direction of the channel. Needs an available suite.
 class CipherState {
  public:
   CipherState(CipherSuite suite, SecretBytes<32> key);
-  ~CipherState();
   CipherState(CipherState&&) noexcept;
   CipherState& operator=(CipherState&&) noexcept;
 
@@ -61,18 +70,25 @@ class CipherState {
   absl::Status decrypt(std::span<const std::byte> associated, std::span<const std::byte> message,
                        std::string& out);
 
+  // Noise's Rekey (4.2, 11.3): the next key, from which nobody can compute this one, takes its
+  // place. The counter goes on. For both ends of a direction between the same two messages.
+  void rekey();
+
   std::uint64_t nonce() const { return nonce_; }
   // Noise's SetNonce; the product never calls it, the tests reach the last nonce with it.
   void set_nonce(std::uint64_t nonce) { nonce_ = nonce; }
 
  private:
   absl::Status check_usable() const;
+  // Writes the ciphertext and its tag; false when the cipher refuses to.
+  bool encrypt_with(std::uint64_t nonce, std::span<const std::byte> associated,
+                    std::span<const std::byte> plaintext, unsigned char* target) const;
 
   CipherSuite suite_;
   bool poisoned_ = false;
   std::uint64_t nonce_ = 0;
   SecretBytes<32> key_;
-  crypto_aead_aes256gcm_state aes_{};  // the expanded key; all zero for ChaChaPoly
+  AesGcm aes_;  // the expanded key; without one for ChaChaPoly
 };
 
 // What a finished handshake leaves.

@@ -1,12 +1,17 @@
-// The body's one thread: takes the steps of all connections and runs them together.
+// Takes the steps of all connections and runs them together on the body, one run after the other,
+// so that sessions that decode at the same time share one pass over the weights, and so do the
+// steps of a prompt that arrive faster than they are run.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
+#include <list>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -21,6 +26,11 @@ namespace infemeral {
 struct ServedSession {
   std::unique_ptr<SessionLease> lease;  // given back when the body's part is gone
   std::unique_ptr<BodySession> body;
+
+  // The scheduler's own: when its last decode step was answered, and how long the session then took
+  // to ask again, the last time that it did.
+  std::chrono::steady_clock::time_point answered;
+  std::optional<std::chrono::steady_clock::duration> pause;
 };
 
 struct StepJob {
@@ -31,34 +41,63 @@ struct StepJob {
   std::vector<float> states;  // rows x H
   // Asked right before the run; a step that nobody waits for is dropped.
   std::function<bool()> abandoned;
-  // Called on the scheduler's thread unless the step was dropped.
+  // Called once, on the queue's thread or by submit(), unless the step was dropped; `session` is
+  // null by then.
   std::function<void(StepJob&)> done;
+
+  // Before the run: sizes `out`. False, with a status, when there is no memory for it.
+  bool make_room(std::size_t hidden_size);
 
   // Results.
   absl::Status status;
   std::vector<float> out;  // (0 | 1 | rows) x H
   std::uint32_t kv_len = 0;
-  double compute_ms = 0;  // of the run that this step was part of
+  // Of the run that this step was part of; of steps that ran as one, the first has it.
+  double compute_ms = 0;
 };
 
-class Scheduler {
+// Where connections leave their steps. May be called from any thread.
+class StepQueue {
  public:
-  explicit Scheduler(Body& body);
-  ~Scheduler();  // finishes the run in progress and drops what waits
+  virtual ~StepQueue() = default;
+  virtual void submit(StepJob job) = 0;
+  virtual std::uint32_t waiting() const = 0;  // steps behind the run in progress
+};
+
+class Scheduler final : public StepQueue {
+ public:
+  // Waiting steps of one session are joined to runs of at most `joined_rows` rows.
+  Scheduler(Body& body, std::uint32_t joined_rows);
+  ~Scheduler() override;  // finishes the run in progress and drops what waits
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  void submit(StepJob job);
-  std::uint32_t waiting() const;  // steps behind the run in progress
+  // Returns at once; but where the body is quick, and this step is all there is for it to do, runs
+  // the step here: another thread would take longer to wake than the body to run.
+  void submit(StepJob job) override;
+  std::uint32_t waiting() const override;
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   void run();
-  std::vector<StepJob> take_batch();
+  bool runs_at_once();
+  void run_batch(std::unique_lock<std::mutex>& lock);
+  void gather(std::unique_lock<std::mutex>& lock);
+  bool expects_by(Clock::time_point deadline);
+  Clock::duration patience() const { return decode_run_ / 2; }  // how long a run may be put off
+  std::list<StepJob> take_batch();
+  void run_body(std::list<StepJob>& batch);
+  void note_answers(const std::list<StepJob>& batch, Clock::duration elapsed);
 
   Body& body_;
+  const std::uint32_t joined_rows_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<StepJob> waiting_;
+  std::list<StepJob> waiting_;
+  std::vector<std::weak_ptr<ServedSession>> away_;  // decoding, and not waiting right now
+  Clock::duration decode_run_{};                    // how long the last run of these took; 0: none
+  bool running_ = false;
   bool stop_ = false;
   std::thread thread_;
 };
