@@ -1,0 +1,244 @@
+"""serve_torch: engine_serve's command line, messages and exit codes (tools/engine_serve.cpp)."""
+
+import argparse
+import asyncio
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from .body import Body, LoadError
+
+EXIT_OK, EXIT_USAGE = 0, 2
+MAX_ROWS_PER_STEP = 512
+SHUTDOWN_GRACE_S = 10.0
+TRUE, FALSE = ("1", "true", "on", "yes"), ("0", "false", "off", "no")
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, and a default from INFEMERAL_LONG_NAME for every option."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str):
+        self.exit(EXIT_USAGE,
+                  f"{self.prog}: {message} ({self.prog} --help lists the options)\n")
+
+    def parse_with_environment(self, arguments: list[str]) -> argparse.Namespace:
+        lists = {}
+        for action in self._actions:
+            name = next((o for o in action.option_strings if o.startswith("--")), "")
+            variable = "INFEMERAL_" + name[2:].upper().replace("-", "_")
+            value = os.environ.get(variable, "")
+            if not value or name in ("--help", "--version"):
+                continue
+            if action.nargs == 0:
+                if value.lower() not in TRUE + FALSE:
+                    self.error(f"{variable}: '{value}' is neither true nor false")
+                action.default = value.lower() in TRUE
+            elif isinstance(action, argparse._AppendAction):
+                lists[action.dest] = [value]  # the command line replaces it
+            else:
+                if action.choices is not None and value not in action.choices:
+                    self.error(f"{variable}: '{value}' is not one of {', '.join(action.choices)}")
+                action.default = value
+            action.required = False
+        options = self.parse_args(arguments)
+        for dest, value in lists.items():
+            if getattr(options, dest) is None:
+                setattr(options, dest, value)
+        return options
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text) if text.isascii() and text.isdigit() else -1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {low} to {high}")
+        return value
+    return parse
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="serve_torch", description=(
+        "Serves a model body with PyTorch to the clients on its list, over an encrypted channel.\n"
+        "Every option can also be set by an environment variable: --listen is INFEMERAL_LISTEN."))
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="Body folder that engine_prep wrote")
+    add("--listen", default="127.0.0.1:50051", metavar="HOST:PORT",
+        help="Address to listen on; port 0 takes a free one (default: %(default)s)")
+    add("--identity", required=True, metavar="FILE",
+        help="This server's secret key file, from engine_keygen")
+    add("--allow", required=True, action="append", metavar="KEY",
+        help="A client's public key, or a file of them (one a line); may be given several times")
+    add("--tls-cert", default="", metavar="FILE",
+        help="Speak TLS underneath the encrypted channel, with this certificate chain (PEM)")
+    add("--tls-key", default="", metavar="FILE", help="The certificate's private key (PEM)")
+    add("--tls-client-ca", default="", metavar="FILE",
+        help="Admit only clients with a TLS certificate of these CAs (PEM)")
+    add("-t", "--threads", type=whole(0, 1024), default=0, metavar="N",
+        help="Threads on the CPU; 0 is PyTorch's own choice")
+    add("--max-context", type=whole(0, 2**31), default=0, metavar="N",
+        help="Positions a session may hold; 0 is the model's own limit")
+    add("--max-sessions", type=whole(1, 100000), default=64, metavar="N",
+        help="Sessions at a time (default: %(default)s)")
+    add("--max-sessions-per-client", type=whole(0, 100000), default=0, metavar="N",
+        help="Of these, for one client; 0 is half of them, or all when only one client is allowed")
+    add("--max-kv-mib", type=whole(0, 2**40), default=0, metavar="N",
+        help="Memory for the KV caches of all sessions together, in MiB; 0 is what the device has")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="auto takes a GPU where there is one")
+    add("--dtype", choices=("auto", "f32", "f16", "bf16"), default="auto",
+        help="Of weights and KV cache; auto is the checkpoint's")
+    add("--decode", choices=("auto", "eager", "graph", "compile"), default="auto",
+        help="How single rows run: layer by layer, as a CUDA graph, or as a CUDA graph of compiled "
+             "layers; auto is compile on one GPU, graph on several, eager on a CPU")
+    add("--max-batch", type=whole(1, 256), default=8, metavar="N",
+        help="Sessions whose single rows run together (default: %(default)s)")
+    add("--quiet", action="store_true", help="Errors only")
+    add("--verbose", action="store_true", help="Connections and sessions too")
+    add("--version", action="store_true", help="What runs here")
+    return parser
+
+
+class Console:
+    """One line a message on stderr."""
+
+    def __init__(self, quiet: bool, verbose: bool):
+        self._level = LEVELS.index("error" if quiet else "debug" if verbose else "info")
+
+    def log(self, level: str, message: str) -> None:
+        if LEVELS.index(level) >= self._level:
+            # A message may quote what came from outside: it must not move the cursor.
+            clean = "".join(" " if c < " " or c == "\x7f" else c for c in message)
+            print(f"{level}: {clean}", file=sys.stderr, flush=True)
+
+
+def print_version() -> None:
+    versions = []
+    for name in ("torch", "transformers", "grpcio"):
+        try:
+            versions.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            versions.append(f"no {name}")
+    print(f"serve_torch ({', '.join(versions)})")
+
+
+def load_torch_body(options: argparse.Namespace, console: Console) -> Body | None:
+    try:
+        from .torch_body import load_body
+    except ImportError as error:
+        raise LoadError(f"{error}; install tools/serve_torch/requirements.txt") from None
+    return load_body(Path(options.model), options, console.log)
+
+
+async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allow: list[bytes],
+                credentials, console: Console, **state) -> int:
+    """`state` goes into ServerState."""
+    # gRPC is not needed to compute: perf/serve_torch_bench.py runs without it.
+    from .admission import Admission
+    from .channel import available_ciphers, public_key_of
+    from .connection import ServerState
+    from .identity import allowed_clients, format_public_key
+    from .scheduler import Scheduler
+    from .server import BodyServer, ListenError
+
+    info = body.info
+
+    def sessions_per_client(clients: list[bytes]) -> int:
+        return options.max_sessions_per_client or (
+            options.max_sessions if len(set(clients)) == 1 else max(1, options.max_sessions // 2))
+
+    positions = (options.max_kv_mib << 20) // info.kv_bytes_per_token
+    if options.max_kv_mib > 0 and positions == 0:
+        raise LoadError(f"max_kv_bytes is {options.max_kv_mib << 20} and one position of the body "
+                        f"takes {info.kv_bytes_per_token}; no step would fit")
+    # Every connection takes a descriptor, and the usual soft limit is for programs with select().
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # The body's thread and the event loop's take turns: by default one waits 5 ms for the other.
+    sys.setswitchinterval(0.0005)
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    scheduler = Scheduler(body, loop, console.log, MAX_ROWS_PER_STEP)
+    shared = ServerState(
+        body=body, secret_key=secret_key, allow=allow, ciphers=available_ciphers(),
+        admission=Admission(options.max_sessions, sessions_per_client(allow),
+                            positions if options.max_kv_mib > 0 else None),
+        scheduler=scheduler, log=console.log, max_rows=MAX_ROWS_PER_STEP, **state)
+    server = BodyServer(shared)
+    try:
+        port = await server.start(options.listen, credentials)
+    except ListenError as error:
+        scheduler.close()
+        raise LoadError(str(error)) from None
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():  # the second one does not wait
+            os._exit(128 + number)
+        stop.set()
+
+    def read_allow_list() -> None:
+        try:
+            clients = allowed_clients(options.allow)
+        except LoadError as error:
+            console.log("error", f"the allow list stays as it was: {error}")
+            return
+        shared.allow = clients
+        shared.admission.max_sessions_per_client = sessions_per_client(clients)
+        console.log("info", f"read the allow list again; clients: {len(clients)}")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal, number)
+    loop.add_signal_handler(signal.SIGHUP, read_allow_list)
+    # One line on stdout, so that a script can wait for it and learn the port.
+    host = options.listen.rsplit(":", 1)[0]
+    print(f"listening on {host}:{port}, public key {format_public_key(public_key_of(secret_key))}",
+          flush=True)
+    console.log("info", f"serving {info.description}")
+    await stop.wait()
+    console.log("info", "shutting down")
+    await server.shutdown(SHUTDOWN_GRACE_S)
+    return EXIT_OK
+
+
+def main(arguments: list[str] | None = None,
+         load: Callable[[argparse.Namespace, Console], Body | None] = load_torch_body,
+         **state) -> int:
+    """`load` returns None on a rank that has followed another one to its end; `state` replaces
+    defaults of ServerState."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--version" in arguments:
+        print_version()
+        return EXIT_OK
+    # gRPC's own lines on stderr say again, less clearly, what our errors say.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    options = make_parser().parse_with_environment(arguments)
+    console = Console(options.quiet, options.verbose)
+    try:
+        try:
+            from .identity import allowed_clients, load_secret_key
+            from . import server  # noqa: F401  before the weights: what is missing is said at once
+            from .tls import server_credentials
+        except ImportError as error:
+            raise LoadError(f"{error}; install tools/serve_torch/requirements.txt") from None
+        secret_key = load_secret_key(options.identity)
+        allow = allowed_clients(options.allow)
+        credentials = server_credentials(options.tls_cert, options.tls_key, options.tls_client_ca)
+        body = load(options, console)
+        if body is None:
+            return EXIT_OK
+        try:
+            return asyncio.run(serve(options, body, secret_key, allow, credentials, console,
+                                     **state))
+        finally:
+            body.close()
+    except LoadError as error:
+        console.log("error", str(error))
+        return EXIT_USAGE

@@ -1,0 +1,95 @@
+"""The same step on every rank of a tensor-parallel group.
+
+Under torchrun each process holds its share of every layer. Rank 0 serves; before it computes, it
+sends the step to the others, who wait for nothing else.
+"""
+
+import os
+import signal
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .torch_model import TorchModel
+
+STOP, RUN, WIPE = 0, 1, 2
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def start(device_type: str) -> None:
+    # The others wait in a broadcast for as long as no client asks: that is no fault.
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo",
+                            timeout=timedelta(days=365))
+
+
+def smallest(value: int, device: torch.device) -> int:
+    """Of all ranks."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return int(tensor.item())
+
+
+class RankZero:
+    """What the body calls: the model, on all ranks."""
+
+    def __init__(self, model: TorchModel):
+        self._model = model
+        self._alone = world_size() == 1
+
+    def _send(self, kind: int, shape: tuple[int, ...], integers: torch.Tensor) -> None:
+        device = self._model.device
+        dist.broadcast(torch.tensor([kind, *shape, integers.numel()], device=device), 0)
+        if integers.numel() > 0:
+            dist.broadcast(integers.to(device), 0)
+
+    def run(self, states, positions, slots, table) -> torch.Tensor:
+        if not self._alone:
+            b, t, _ = states.shape
+            integers = torch.cat([x.reshape(-1) for x in (positions, slots, table)])
+            self._send(RUN, (b, t), integers)
+            dist.broadcast(states.to(self._model.device), 0)
+        return self._model.run(states, positions, slots, table)
+
+    def wipe(self, pages: torch.Tensor) -> None:
+        if not self._alone:
+            self._send(WIPE, (0, 0), pages)
+        self._model.wipe(pages)
+
+    def stop(self) -> None:
+        if not self._alone:
+            self._send(STOP, (0, 0), torch.empty(0, dtype=torch.int64))
+            dist.destroy_process_group()
+
+
+def follow(model: TorchModel) -> None:
+    """The other ranks; returns when rank 0 stops."""
+    # torchrun passes signals on to every rank: rank 0 still answers what is pending.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    while True:
+        header = torch.empty(4, dtype=torch.int64, device=model.device)
+        dist.broadcast(header, 0)
+        kind, b, t, count = header.tolist()
+        if kind == STOP:
+            dist.destroy_process_group()
+            return
+        integers = torch.empty(count, dtype=torch.int64, device=model.device)
+        dist.broadcast(integers, 0)
+        integers = integers.cpu()
+        if kind == WIPE:
+            model.wipe(integers)
+            continue
+        states = torch.empty((b, t, model.hidden_size), device=model.device)
+        dist.broadcast(states, 0)
+        positions, slots, table = integers.split([b * t, b * t, count - 2 * b * t])
+        model.run(states.cpu(), positions.view(b, t), slots.view(b, t), table.view(b, -1))

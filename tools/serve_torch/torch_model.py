@@ -1,0 +1,250 @@
+"""The transformer layers on one device: a stock Hugging Face model whose attention reads and writes
+a paged KV cache, so that sessions of any length share its memory and their rows run together.
+
+A step is four tensors, which also is all that the ranks of a tensor-parallel group exchange:
+
+    states     [B, T, H]  float32 hidden states
+    positions  [B, T]     int64
+    slots      [B, T]     int64: where in the cache each row's key and value go
+    table      [B, P]     int64: the pages that hold the session's positions 0 .. P * PAGE - 1
+
+Page 0 belongs to nobody: rows that only fill up a batch write there.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
+
+PAGE = 64  # positions
+ATTENTION = "infemeral_paged"
+
+
+@torch.library.custom_op("infemeral::paged_attention", mutates_args=("key_pages", "value_pages"))
+def paged_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                    key_pages: torch.Tensor, value_pages: torch.Tensor, slots: torch.Tensor,
+                    table: torch.Tensor, bias: torch.Tensor, scaling: float) -> torch.Tensor:
+    """query [B, heads, T, D], key and value [B, kv_heads, T, D], pages [n, PAGE, kv_heads, D], bias
+    [B, 1, group * T, P * PAGE]; the result is [B, T, heads, D].
+
+    One operation to the compiler: what it makes of a layer then does not depend on the length of
+    the sessions.
+    """
+    b, heads, t, d = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    caches = []
+    for pages, new in ((key_pages, key), (value_pages, value)):
+        rows = new.transpose(1, 2).reshape(b * t, kv_heads, d)
+        pages.view(-1, kv_heads, d).index_copy_(0, slots.view(-1), rows)
+        # [B, P * PAGE, kv_heads, D] as [B, kv_heads, P * PAGE, D]
+        cached = pages.index_select(0, table.view(-1)).view(b, -1, kv_heads, d)
+        caches.append(cached.transpose(1, 2))
+    # Query heads that share a key head are more rows of it: keys are neither repeated nor read
+    # more than once.
+    rows = query.reshape(b, kv_heads, group * t, d)
+    # Flash attention takes no bias, and cuDNN would plan anew for every shape.
+    backends = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(backends) if query.is_cuda else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(rows, *caches, attn_mask=bias, scale=scaling)
+    return out.reshape(b, heads, t, d).transpose(1, 2).contiguous()
+
+
+@paged_attention.register_fake
+def _(query, key, value, key_pages, value_pages, slots, table, bias, scaling):
+    b, heads, t, d = query.shape
+    return query.new_empty(b, t, heads, d)
+
+
+def _attention(module, query, key, value, attention_mask, scaling, slots, table, bias, **_):
+    """What transformers calls in every layer, after RoPE."""
+    return paged_attention(query, key, value, module.key_pages, module.value_pages, slots, table,
+                           bias, scaling), None
+
+
+# Without a mask function under the same name, transformers makes no mask of its own.
+AttentionInterface.register(ATTENTION, _attention)
+
+
+@dataclass
+class ModelOptions:
+    decode: str       # "eager", "graph" or "compile"
+    max_batch: int    # sessions whose single rows run together
+    max_context: int  # positions
+    pages: int        # of the KV cache; 0: it grows as needed (not with "graph")
+    log: Callable[[str, str], None]
+
+
+def buckets(limit: int, smallest: int = 1) -> list[int]:
+    """smallest, twice that, ..., limit."""
+    sizes = []
+    while smallest < limit:
+        sizes.append(smallest)
+        smallest *= 2
+    return [*sizes, limit]
+
+
+class TorchModel:
+    def __init__(self, model: torch.nn.Module, options: ModelOptions):
+        """`model`: an AutoModel with attn_implementation=ATTENTION, on its device. Captures every
+        graph now, so that no step waits for one."""
+        self.model = model.eval()
+        config = model.config
+        parameter = next(model.layers.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.hidden_size = config.hidden_size
+        self._group = config.num_attention_heads // config.num_key_value_heads
+        self._options = options
+        self._attentions = [layer.self_attn for layer in model.layers]
+        # A rank of a tensor-parallel group has its share of the heads.
+        head_dim = self._attentions[0].head_dim
+        k_proj = self._attentions[0].k_proj.weight
+        k_proj = k_proj.to_local() if hasattr(k_proj, "to_local") else k_proj
+        self._page_shape = (PAGE, k_proj.shape[0] // head_dim, head_dim)
+        self._n_pages = 0
+        self._resize(max(options.pages, 2))
+        self._compiled = False
+        self._graphs: dict[tuple[int, int], "DecodeGraph"] = {}
+        self._batches = buckets(options.max_batch)
+        # Short sessions do not read the pages of long ones; 256 positions cost next to nothing.
+        self._tables = buckets(-(-options.max_context // PAGE), smallest=4)
+        if options.decode == "compile":
+            self._compile()
+        if options.decode != "eager" and self.device.type == "cuda":
+            self._capture()
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page over all layers, on this rank."""
+        elements = self._page_shape[0] * self._page_shape[1] * self._page_shape[2]
+        return 2 * len(self._attentions) * elements * self.dtype.itemsize
+
+    # ---- the cache ----
+
+    def _resize(self, pages: int) -> None:
+        for attention in self._attentions:
+            for name in ("key_pages", "value_pages"):
+                grown = torch.zeros((pages, *self._page_shape), dtype=self.dtype,
+                                    device=self.device)
+                if self._n_pages > 0:
+                    grown[:self._n_pages] = getattr(attention, name)
+                setattr(attention, name, grown)
+        self._n_pages = pages
+
+    @torch.no_grad()
+    def wipe(self, pages: torch.Tensor) -> None:
+        pages = pages[pages < self._n_pages].to(self.device)
+        for attention in self._attentions:
+            attention.key_pages.index_fill_(0, pages, 0)
+            attention.value_pages.index_fill_(0, pages, 0)
+
+    # ---- a step ----
+
+    @torch.no_grad()
+    def run(self, states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
+            table: torch.Tensor) -> torch.Tensor:
+        """Tensors on the host, also the result: [B, T, H] float32, normed."""
+        needed = int(table.max()) + 1
+        if needed > self._n_pages:
+            self._resize(max(needed, 2 * self._n_pages))
+        b, t, _ = states.shape
+        if t == 1 and self._graphs:
+            batch = next(size for size in self._batches if size >= b)
+            width = next(size for size in self._tables if size >= table.shape[1])
+            return self._graphs[batch, width].replay(states, positions, slots, table)[:b]
+        on_device = (x.to(self.device) for x in (states, positions, slots, table))
+        # Compiled layers are for single rows; other shapes would be compiled one by one.
+        eager = t > 1 and self._compiled
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            return self.forward(*on_device).cpu()
+
+    def forward(self, states, positions, slots, table) -> torch.Tensor:
+        """The same on the device, as it is captured."""
+        b, t, _ = states.shape
+        size = table.shape[1] * PAGE
+        hidden = torch.arange(size, device=self.device) > positions[:, :, None]  # [B, T, size]
+        bias = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device)
+        bias = bias.masked_fill_(hidden, float("-inf"))[:, None, None]
+        bias = bias.expand(b, 1, self._group, t, size).reshape(b, 1, self._group * t, size)
+        if self._compiled:
+            torch._dynamo.maybe_mark_dynamic(table, 1)
+            torch._dynamo.maybe_mark_dynamic(bias, 3)
+        result = self.model(inputs_embeds=states.to(self.dtype), position_ids=positions,
+                            use_cache=False, slots=slots, table=table, bias=bias)
+        return result.last_hidden_state.float()
+
+    # ---- single rows, fast ----
+
+    def _compile(self) -> None:
+        # Layer by layer: all of them are the same code, which is compiled once.
+        for layer in self.model.layers:
+            layer.compile()
+        self._compiled = True
+        try:
+            DecodeGraph(self, 1, self._tables[0]).forward()
+        except Exception as error:  # no compiler on this machine, or a model that it cannot take
+            self._options.log("warning", f"cannot compile the layers ({type(error).__name__}); "
+                                         "they run as they are")
+            logging.getLogger(__name__).debug("compilation", exc_info=error)
+            for layer in self.model.layers:
+                layer._compiled_call_impl = None
+            self._compiled = False
+
+    def _capture(self) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        # The largest first: the smaller ones then fit the memory that it took.
+        for batch in reversed(self._batches):
+            for width in reversed(self._tables):
+                graph = DecodeGraph(self, batch, width)
+                graph.capture(pool)
+                self._graphs[batch, width] = graph
+
+
+class DecodeGraph:
+    """One row for each of a batch of sessions, as a CUDA graph of fixed shapes."""
+
+    def __init__(self, model: TorchModel, batch: int, width: int):
+        pinned = model.device.type == "cuda"
+        # Of the rows that nobody asked for: position 0, slot 0, page 0.
+        self._host = [torch.zeros(shape, dtype=dtype, pin_memory=pinned)
+                      for shape, dtype in (((batch, 1, model.hidden_size), torch.float32),
+                                           ((batch, 1), torch.int64), ((batch, 1), torch.int64),
+                                           ((batch, width), torch.int64))]
+        self._device = [x.to(model.device) for x in self._host]
+        self._model = model
+        self._graph = None
+        self._out = None
+        self._result = torch.empty((batch, 1, model.hidden_size), pin_memory=pinned)
+
+    @torch.no_grad()
+    def forward(self) -> torch.Tensor:
+        return self._model.forward(*self._device)
+
+    @torch.no_grad()
+    def capture(self, pool) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, and lets libraries take their memory
+            for _ in range(2):
+                self.forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog) may use the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._out = self.forward()
+
+    def replay(self, *step: torch.Tensor) -> torch.Tensor:
+        """[batch, 1, H] on the host; its memory is the next replay's too."""
+        for host, device, given in zip(self._host, self._device, step):
+            host.zero_()
+            host[tuple(slice(size) for size in given.shape)] = given
+            device.copy_(host, non_blocking=True)
+        self._graph.replay()
+        self._result.copy_(self._out, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return self._result
