@@ -53,9 +53,10 @@ absl::StatusOr<std::unique_ptr<ClientBackend>> open_backend(ClientFolder folder,
     return absl::UnimplementedError("this build has no CUDA backend; use --backend cpu");
   }
 #endif
-  auto backend = make_cpu_client_backend(
-      std::move(folder),
-      {.threads = options.threads, .head = options.head, .cloak_noise = options.cloak_noise});
+  auto backend = make_cpu_client_backend(std::move(folder), {.threads = options.threads,
+                                                             .head = options.head,
+                                                             .cloak_noise = options.cloak_noise,
+                                                             .progress = options.progress});
   if (backend.ok()) log_to(log, LogLevel::kDebug, cat("backend: ", (*backend)->name()));
   return backend;
 }

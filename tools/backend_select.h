@@ -1,6 +1,7 @@
 // The one place that knows which backends this build has.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -18,6 +19,7 @@ struct BackendOptions {
   HeadMode head = HeadMode::kCertified;
   float cloak_noise = 0;            // engine/cloak_noise.h
   std::string gpu_memory = "auto";  // "auto", "full" or "split": kernels/client_backend.h
+  std::function<void(double done, double total)> progress;  // of the CPU backend: CpuOptions
 };
 
 // InvalidArgument for a name that does not exist; Unimplemented for one that this build lacks.

@@ -1,5 +1,6 @@
 #include "tools/batch.h"
 
+#include <charconv>
 #include <cmath>
 #include <ctime>
 #include <limits>
@@ -212,7 +213,55 @@ std::string openai_line(const BatchItem& item, std::string_view model, std::size
   return dump(line);
 }
 
+// The item that a result line belongs to; none when it is no line of ours, or another input's.
+const BatchItem* item_of(const Json& line, const std::vector<BatchItem>& items) {
+  const auto text = [&](const char* name) {
+    const auto field = line.find(name);
+    return field != line.end() && field->is_string() ? field->get<std::string>() : std::string();
+  };
+  constexpr std::string_view kOpenAiId = "batch_req_";
+  std::uint64_t index = items.size();
+  if (const std::string id = text("id"); line.contains("custom_id") && id.starts_with(kOpenAiId)) {
+    const char* end = id.data() + id.size();
+    if (std::from_chars(id.data() + kOpenAiId.size(), end, index).ptr != end) return nullptr;
+  } else if (const auto field = line.find("index");
+             field != line.end() && field->is_number_unsigned()) {
+    index = field->get<std::uint64_t>();
+  }
+  if (index >= items.size()) return nullptr;
+  const BatchItem& item = items[index];
+  // As the line would be written now, without what the model made.
+  const Json own = Json::parse(result_line(item, {}, 0, {}, absl::UnknownError("")));
+  for (const char* name : {"id", "custom_id", "prompt"}) {
+    if (line.contains(name) != own.contains(name)) return nullptr;
+    if (own.contains(name) && line[name] != own[name]) return nullptr;
+  }
+  return &item;
+}
+
 }  // namespace
+
+absl::StatusOr<EarlierResults> read_results(std::string_view text,
+                                            const std::vector<BatchItem>& items) {
+  EarlierResults results{.finished = std::vector<bool>(items.size())};
+  for (std::size_t number = 1; !text.empty(); ++number) {
+    const std::size_t end = std::min(text.find('\n'), text.size());
+    const bool whole = end < text.size();
+    const Json line = Json::parse(text.substr(0, end), nullptr, /*allow_exceptions=*/false);
+    const BatchItem* item = line.is_object() ? item_of(line, items) : nullptr;
+    if (item == nullptr && !whole && line.is_discarded()) break;
+    if (item == nullptr) {
+      return absl::InvalidArgumentError(
+          cat("line ", number, " is not the result of a prompt of this input"));
+    }
+    if (!results.finished[item->index]) ++results.n_finished;
+    results.finished[item->index] = true;
+    results.bytes += end + (whole ? 1 : 0);
+    results.unended = !whole;
+    text.remove_prefix(end + (whole ? 1 : 0));
+  }
+  return results;
+}
 
 std::vector<BatchItem> parse_batch(std::string_view text, std::string_view name) {
   std::vector<BatchItem> items;

@@ -48,6 +48,19 @@ absl::StatusOr<std::vector<BatchItem>> read_batch(const std::string& file);
 // The same from text, for tests; `name` decides nothing but a .jsonl ending.
 std::vector<BatchItem> parse_batch(std::string_view text, std::string_view name);
 
+// What the output file of an earlier run over the same items holds.
+struct EarlierResults {
+  std::vector<bool> finished;  // of each item: has a line
+  std::size_t n_finished = 0;
+  std::uint64_t bytes = 0;  // of the file's whole lines
+  bool unended = false;     // the last one lacks its newline; nothing else of it
+};
+
+// Reads a file's contents. A last line that was cut off does not count. InvalidArgument, with the
+// line's number, when a line is no result of one of these items.
+absl::StatusOr<EarlierResults> read_results(std::string_view text,
+                                            const std::vector<BatchItem>& items);
+
 // One result line, without the newline.
 std::string result_line(const BatchItem& item, std::string_view model, std::size_t prompt_tokens,
                         const TextResult& result, const absl::Status& status);

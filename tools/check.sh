@@ -47,6 +47,8 @@ export INFEMERAL_DEMO_F32=$PWD/demo/prepared-f32
 
 step "release: tests"
 ctest --test-dir build/release --output-on-failure
+step "instruction counts"
+"$python" -B perf/instruction_gate.py build/release/perf/hot_functions
 step "teacher-forced agreement"
 for dtype in f32 f16; do
   build/release/tests/agreement "demo/prepared-$dtype" tests/golden/smollm2_teacher.json
@@ -62,7 +64,7 @@ ctest --test-dir build/asan --output-on-failure
 step "fuzzers, $fuzz_seconds s each"
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-fuzzers=(safetensors tokenizer_json frames handshake)
+fuzzers=(safetensors tokenizer_json frames handshake encode session chunks lz4)
 fuzz() {
   local name=$1
   mkdir -p "$scratch/$name"
@@ -86,7 +88,8 @@ done
 step "thread sanitizer: build"
 # Not the tests that compute: oneTBB, which Debian builds without the sanitizer's hooks, hands work
 # over in ways that it does not see.
-network_tests=(link noise codec frames identity)
+network_tests=(corruption link link_hostile link_limits noise codec frames identity drain in_flight
+               padding parallel rekey resume scheduler)
 cmake --preset tsan
 cmake --build build/tsan --target "${network_tests[@]/%/_test}"
 step "thread sanitizer: network tests"

@@ -3,7 +3,11 @@
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <functional>
 #include <optional>
+#include <string>
+
+#include "absl/status/status.h"
 
 namespace infemeral {
 
@@ -12,6 +16,13 @@ inline constexpr int kExitItemsFailed = 1;  // some items failed, the others are
 inline constexpr int kExitUsage = 2;        // bad usage or input
 inline constexpr int kExitServer = 3;       // server unreachable, refused, or gone
 inline constexpr int kExitInterrupted = 130;
+
+// kExitInterrupted where a link's error is Cancelled, else kExitServer.
+int server_exit_code(const absl::Status& status);
+
+// Runs a whole program. Memory or a thread that the system refuses at start, before there is an
+// object that could report it, ends the program with one line and kExitItemsFailed.
+int run_program(const char* name, const std::function<int()>& program);
 
 // Lets --long-name be set by INFEMERAL_LONG_NAME too; the command line wins.
 CLI::Option* with_env(CLI::Option* option);
@@ -23,7 +34,14 @@ void add_version(CLI::App& app);
 // line on stderr that names the flag).
 std::optional<int> parse_command_line(CLI::App& app, int argc, char** argv);
 
+// Whether `file`, where it is not empty, has a folder that can be written to: asked before the work
+// whose result it is to hold.
+absl::Status check_output_place(const std::string& file);
+
 // The client folder that a user means by `dir`: OUT, as engine_prep wrote it, or OUT/client itself.
 std::filesystem::path client_folder(const std::filesystem::path& dir);
+
+// The body folder that engine_prep wrote beside a client folder.
+std::filesystem::path body_folder(const std::filesystem::path& client);
 
 }  // namespace infemeral

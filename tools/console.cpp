@@ -55,6 +55,11 @@ void Console::error(const absl::Status& status) const {
   spdlog::error("{}", one_line({status.message().data(), status.message().size()}));
 }
 
+int Console::fail(int exit_code, const absl::Status& status) const {
+  error(status);
+  return exit_code;
+}
+
 bool Console::progress_enabled() const {
   return !options_.quiet && ::isatty(STDERR_FILENO) != 0;
 }

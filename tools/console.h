@@ -20,6 +20,8 @@ class Console {
   LogSink sink() const;
   // "error: MESSAGE"
   void error(const absl::Status& status) const;
+  // The same, for a program that ends with it: returns `exit_code`.
+  int fail(int exit_code, const absl::Status& status) const;
   // Progress is shown to people, not to files: stderr is a terminal and not quiet.
   bool progress_enabled() const;
 

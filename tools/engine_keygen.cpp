@@ -47,21 +47,23 @@ absl::Status show_public(const std::string& path) {
 
 int main(int argc, char** argv) {
   using namespace infemeral;
-  CLI::App app(
-      "Makes a key pair for the encrypted channel and prints the public key. A client pins its\n"
-      "server's public key; a server lists the public keys of its clients.",
-      "engine_keygen");
-  std::string output, existing;
-  auto* output_option = app.add_option(
-      "-o,--output", output, "New secret key file (mode 0600); the public key goes to FILE.pub");
-  app.add_option("--public", existing, "Print the public key of this secret key file")
-      ->excludes(output_option);
-  app.require_option(1);
-  add_version(app);
-  if (auto code = parse_command_line(app, argc, argv)) return *code;
-  const Console console({});
-  const auto status = output.empty() ? show_public(existing) : generate(output);
-  if (status.ok()) return kExitOk;
-  console.error(status);
-  return kExitUsage;
+  return run_program("engine_keygen", [&]() -> int {
+    CLI::App app(
+        "Makes a key pair for the encrypted channel and prints the public key. A client pins its\n"
+        "server's public key; a server lists the public keys of its clients.",
+        "engine_keygen");
+    std::string output, existing;
+    auto* output_option = app.add_option(
+        "-o,--output", output, "New secret key file (mode 0600); the public key goes to FILE.pub");
+    app.add_option("--public", existing, "Print the public key of this secret key file")
+        ->excludes(output_option);
+    app.require_option(1);
+    add_version(app);
+    if (auto code = parse_command_line(app, argc, argv)) return *code;
+    const Console console({});
+    const auto status = output.empty() ? show_public(existing) : generate(output);
+    if (status.ok()) return kExitOk;
+    console.error(status);
+    return kExitUsage;
+  });
 }

@@ -28,6 +28,7 @@ struct PrepOptions {
   std::string body_dtype = "f16";
   std::string cloak = "eager";
   int threads = 0;
+  bool fold_cloak = false;
   bool force = false;
   bool quiet = false;
 };
@@ -37,18 +38,25 @@ void add_flags(CLI::App& app, PrepOptions& o) {
       "--model", o.model, "Hugging Face folder: config.json, safetensors, tokenizer.json"));
   with_env(app.add_option("--output", o.output, "Where client/ and body/ are written"))->required();
   with_env(app.add_option("--body-dtype", o.body_dtype, "What the body's weights are stored in"))
-      ->check(CLI::IsMember({"f16", "bf16", "f32"}))
+      ->check(CLI::IsMember({"f16", "bf16", "f32", "i8"}))
       ->needs(model)
       ->capture_default_str();
   with_env(app.add_option("--seed-file", o.seed_file,
                           "Key file of the cloak (32 bytes, mode 600); made afresh without it"))
       ->needs(model);
-  with_env(app.add_option("--cloak", o.cloak,
-                          "eager stores the matrix beside its key; lazy makes it again in every "
-                          "run, which takes seconds for a hidden size of 4096"))
-      ->check(CLI::IsMember({"eager", "lazy"}))
+  auto* cloak = with_env(app.add_option(
+                             "--cloak", o.cloak,
+                             "eager stores the matrix beside its key; lazy makes it again in every "
+                             "run, which takes seconds for a hidden size of 4096"))
+                    ->check(CLI::IsMember({"eager", "lazy"}))
+                    ->needs(model)
+                    ->capture_default_str();
+  with_env(app.add_flag("--fold-cloak", o.fold_cloak,
+                        "Store the client's tables rotated, so that no token needs the matrix: "
+                        "the embedding and lm_head are two tables even where a model ties them, "
+                        "and both are then as secret as the key; for the CPU client only"))
       ->needs(model)
-      ->capture_default_str();
+      ->excludes(cloak);
   auto* counts = with_env(app.add_option(
       "--token-counts", o.token_counts,
       "Text like the one to be generated: its most frequent tokens are kept for engine_run --head "
@@ -57,7 +65,7 @@ void add_flags(CLI::App& app, PrepOptions& o) {
       ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 31))
       ->needs(counts)
       ->capture_default_str();
-  with_env(app.add_option("-t,--threads", o.threads, "Threads; 0 is one a core"))
+  with_env(app.add_option("-t,--threads", o.threads, "Threads; 0 is one for each physical core"))
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
   with_env(app.add_flag("--force", o.force, "Replace what an earlier engine_prep wrote"));
@@ -109,6 +117,7 @@ int prepare(const PrepOptions& o, const Console& console, const SignalStop& sign
 
   const Dtype body_dtype = o.body_dtype == "f32"    ? Dtype::kF32
                            : o.body_dtype == "bf16" ? Dtype::kBF16
+                           : o.body_dtype == "i8"   ? Dtype::kI8
                                                     : Dtype::kF16;
   const auto begin = std::chrono::steady_clock::now();
   const LogSink sink = console.sink();
@@ -116,7 +125,9 @@ int prepare(const PrepOptions& o, const Console& console, const SignalStop& sign
       .model_dir = o.model,
       .output_dir = o.output,
       .body_dtype = body_dtype,
-      .cloak_mode = o.cloak == "lazy" ? CloakMode::kLazy : CloakMode::kEager,
+      .cloak_mode = o.fold_cloak        ? CloakMode::kFolded
+                    : o.cloak == "lazy" ? CloakMode::kLazy
+                                        : CloakMode::kEager,
       .seed = seed ? &*seed : nullptr,
       .overwrite = o.force,
       .threads = o.threads,
@@ -181,14 +192,16 @@ int run(const PrepOptions& o, const SignalStop& signals) {
 
 int main(int argc, char** argv) {
   using namespace infemeral;
-  SignalStop signals;
-  PrepOptions options;
-  CLI::App app(
-      "Splits a model into a client folder, which stays with you, and a body whose weights are\n"
-      "rotated by a secret matrix; and counts tokens for the subset head, then or later.\n"
-      "Every option can also be set by an environment variable: --output is INFEMERAL_OUTPUT.",
-      "engine_prep");
-  add_flags(app, options);
-  if (auto code = parse_command_line(app, argc, argv)) return *code;
-  return run(options, signals);
+  return run_program("engine_prep", [&]() -> int {
+    SignalStop signals;
+    PrepOptions options;
+    CLI::App app(
+        "Splits a model into a client folder, which stays with you, and a body whose weights are\n"
+        "rotated by a secret matrix; and counts tokens for the subset head, then or later.\n"
+        "Every option can also be set by an environment variable: --output is INFEMERAL_OUTPUT.",
+        "engine_prep");
+    add_flags(app, options);
+    if (auto code = parse_command_line(app, argc, argv)) return *code;
+    return run(options, signals);
+  });
 }

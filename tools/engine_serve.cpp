@@ -1,4 +1,6 @@
 // engine_serve: the body server. Runs the rotated transformer layers for the clients on its list.
+#include <sys/resource.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 
@@ -6,8 +8,10 @@
 #include "engine/text.h"
 #include "net/body_server.h"
 #include "net/identity.h"
+#include "net/tls.h"
 #include "tools/cli.h"
 #include "tools/console.h"
+#include "tools/metrics_endpoint.h"
 #include "tools/signals.h"
 
 namespace infemeral {
@@ -18,6 +22,8 @@ struct ServeOptions {
   std::string listen = "127.0.0.1:50051";
   std::string identity;
   std::vector<std::string> allow;
+  std::string metrics;
+  TlsFiles tls;
   int threads = 0;
   std::uint32_t max_context = 0;
   std::uint32_t max_sessions = 64;
@@ -35,9 +41,18 @@ void add_flags(CLI::App& app, ServeOptions& o) {
       app.add_option("--identity", o.identity, "This server's secret key file, from engine_keygen"))
       ->required();
   with_env(app.add_option("--allow", o.allow,
-                          "A client's public key, or a file of them (one a line); may be given "
-                          "several times"))
+                          "A client's public key, or a file of them (one a line, read again on "
+                          "SIGHUP); may be given several times"))
       ->required();
+  with_env(app.add_option("--tls-cert", o.tls.cert,
+                          "Speak TLS underneath the encrypted channel, with this certificate chain "
+                          "(PEM)"));
+  with_env(app.add_option("--tls-key", o.tls.key, "The certificate's private key (PEM)"));
+  with_env(app.add_option("--tls-client-ca", o.tls.ca,
+                          "Admit only clients with a TLS certificate of these CAs (PEM)"));
+  with_env(app.add_option("--metrics", o.metrics,
+                          "HOST:PORT for Prometheus to read counters from, at /metrics, such as "
+                          "127.0.0.1:9464; anybody who reaches it can read them"));
   with_env(app.add_option("-t,--threads", o.threads, "Threads; 0 is one for each physical core"))
       ->check(CLI::Range(0, 1024))
       ->capture_default_str();
@@ -76,8 +91,18 @@ absl::StatusOr<std::vector<PublicKey>> allowed_clients(const std::vector<std::st
   return allowed;
 }
 
-int serve(const ServeOptions& options, const SignalStop& signals) {
+// Every connection takes a descriptor, and the usual soft limit of 1,024 is there for programs that
+// use select(). When it cannot be raised, the listener keeps to what there is.
+void raise_descriptor_limit() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  (void)::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+int serve(const ServeOptions& options, SignalStop& signals) {
   const Console console({.quiet = options.quiet, .verbose = options.verbose});
+  raise_descriptor_limit();
   const auto fail = [&](const absl::Status& status) {
     console.error(status);
     return kExitUsage;
@@ -86,6 +111,12 @@ int serve(const ServeOptions& options, const SignalStop& signals) {
   if (!identity.ok()) return fail(identity.status());
   auto allow = allowed_clients(options.allow);
   if (!allow.ok()) return fail(allow.status());
+  std::optional<TlsPem> tls;
+  if (!options.tls.empty()) {
+    auto loaded = load_server_tls(options.tls);
+    if (!loaded.ok()) return fail(loaded.status());
+    tls = *std::move(loaded);
+  }
   auto body = load_cpu_body(options.model,
                             {.threads = options.threads, .max_context = options.max_context});
   if (!body.ok()) return fail(body.status());
@@ -96,8 +127,17 @@ int serve(const ServeOptions& options, const SignalStop& signals) {
                                  .max_sessions = options.max_sessions,
                                  .max_sessions_per_client = options.max_sessions_per_client,
                                  .max_kv_bytes = options.max_kv_mib << 20,
+                                 .tls = std::move(tls),
                                  .log = console.sink()});
   if (!server.ok()) return fail(server.status());
+  std::unique_ptr<MetricsEndpoint> metrics;
+  if (!options.metrics.empty()) {
+    auto opened = MetricsEndpoint::open(options.metrics, **server);
+    if (!opened.ok()) return fail(opened.status());
+    metrics = *std::move(opened);
+    log_to(console.sink(), LogLevel::kInfo,
+           cat("metrics at http://", metrics->address(), "/metrics"));
+  }
 
   // One line on stdout, so that a script can wait for it and learn the port.
   const std::string host = options.listen.substr(0, options.listen.rfind(':'));
@@ -106,8 +146,20 @@ int serve(const ServeOptions& options, const SignalStop& signals) {
   std::fflush(stdout);
   log_to(console.sink(), LogLevel::kInfo, cat("serving ", (*body)->info().description));
 
-  signals.wait();
+  signals.wait([&] {
+    auto clients = allowed_clients(options.allow);
+    const std::size_t n = clients.ok() ? clients->size() : 0;
+    const absl::Status status =
+        clients.ok() ? (*server)->set_allow(*std::move(clients)) : clients.status();
+    if (status.ok()) {
+      log_to(console.sink(), LogLevel::kInfo, cat("read the allow list again; clients: ", n));
+    } else {
+      console.error(absl::Status(
+          status.code(), cat("the allow list stays as it was: ", std::string(status.message()))));
+    }
+  });
   log_to(console.sink(), LogLevel::kInfo, "shutting down");
+  metrics.reset();
   (*server)->shutdown(std::chrono::seconds(10));
   return kExitOk;
 }
@@ -117,13 +169,15 @@ int serve(const ServeOptions& options, const SignalStop& signals) {
 
 int main(int argc, char** argv) {
   using namespace infemeral;
-  SignalStop signals;
-  ServeOptions options;
-  CLI::App app(
-      "Serves a model body to the clients on its list, over an encrypted channel.\n"
-      "Every option can also be set by an environment variable: --listen is INFEMERAL_LISTEN.",
-      "engine_serve");
-  add_flags(app, options);
-  if (auto code = parse_command_line(app, argc, argv)) return *code;
-  return serve(options, signals);
+  return run_program("engine_serve", [&]() -> int {
+    SignalStop signals(/*hangup=*/true);
+    ServeOptions options;
+    CLI::App app(
+        "Serves a model body to the clients on its list, over an encrypted channel.\n"
+        "Every option can also be set by an environment variable: --listen is INFEMERAL_LISTEN.",
+        "engine_serve");
+    add_flags(app, options);
+    if (auto code = parse_command_line(app, argc, argv)) return *code;
+    return serve(options, signals);
+  });
 }

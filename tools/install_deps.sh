@@ -7,14 +7,24 @@ readonly PACKAGES=(
   g++ cmake ninja-build ccache pkg-config
   # libraries, all found by cmake/Dependencies.cmake
   catch2 libabsl-dev libbenchmark-dev libcli11-dev libeigen3-dev libgrpc++-dev liblz4-dev
-  libpcre2-dev libprotobuf-dev libsodium-dev libspdlog-dev libtbb-dev libutf8proc-dev
-  nlohmann-json3-dev protobuf-compiler protobuf-compiler-grpc
+  libpcre2-dev libprotobuf-dev libsodium-dev libspdlog-dev libssl-dev libtbb-dev libutf8proc-dev
+  nlohmann-json3-dev prometheus-cpp-dev protobuf-compiler protobuf-compiler-grpc
+  # charts of the benchmark page
+  libjs-chart.js
   # the demo model
   ca-certificates python3-venv
 )
 readonly TEST_PACKAGES=(
   # formatting, sanitizers and fuzzing, with readable stacks
   clang-14 clang-format-14 git libclang-rt-14-dev llvm-14
+  # opens the benchmark page
+  chromium chromium-driver
+  # Google Benchmark's compare.py, which must read our export
+  libbenchmark-tools
+  # certificates for the tests of TLS
+  openssl
+  # counts instructions for perf/instruction_gate.py
+  valgrind
 )
 readonly REFERENCE_PACKAGES=(
   # the implementation that makes tests/golden; OpenBLAS makes it ten times as fast

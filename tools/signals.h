@@ -2,6 +2,9 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
 #include <stop_token>
 #include <thread>
 
@@ -13,18 +16,25 @@ namespace infemeral {
 // write error that can be reported.
 class SignalStop {
  public:
-  SignalStop();
+  // With `hangup`, SIGHUP is caught as well and given to wait(); otherwise it ends the program as
+  // usual.
+  explicit SignalStop(bool hangup = false);
   ~SignalStop();
   SignalStop(const SignalStop&) = delete;
   SignalStop& operator=(const SignalStop&) = delete;
 
   std::stop_token token() const { return source_.get_token(); }
-  // Blocks until a signal comes.
-  void wait() const;
+  // Blocks until the stop is requested. Calls `on_hangup` on this thread after every SIGHUP, once
+  // for several that came close together.
+  void wait(const std::function<void()>& on_hangup = {});
 
  private:
   std::stop_source source_;
   std::atomic<bool> ending_ = false;
+  const bool catch_hangup_;
+  std::mutex mutex_;
+  std::condition_variable_any changed_;
+  bool hangup_ = false;
   std::thread waiter_;
 };
 
