@@ -11,17 +11,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "engine/client_folder.h"
-#include "engine/float16.h"
 #include "engine/report.h"
-#include "engine/safetensors.h"
-#include "engine/text.h"
 #include "engine/wire.h"
+#include "perf/bench_client.h"
 #include "tools/backend_select.h"
 
 namespace infemeral {
@@ -38,50 +34,6 @@ void check(const absl::Status& status) {
 }
 double ms_since(Clock::time_point begin) {
   return std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
-}
-
-// Removed at the end, with everything in it.
-struct Folder {
-  std::filesystem::path path;
-  Folder() : path(std::filesystem::temp_directory_path() / "infemeral-client-token-bench") {
-    std::filesystem::remove_all(path);
-    std::filesystem::create_directories(path);
-  }
-  ~Folder() { std::filesystem::remove_all(path); }
-};
-
-void make_client(const std::filesystem::path& path, std::size_t vocab, std::size_t hidden) {
-  const CloakSeed seed = CloakSeed::random();
-  check(seed.save(path / "cloak.key"));
-  check(save_client_manifest({.model_type = "llama",
-                              .hidden_size = hidden,
-                              .vocab_size = vocab,
-                              .max_context = 4096,
-                              .tied_embeddings = true,
-                              .cloak_mode = CloakMode::kLazy,
-                              .cloak_commitment = seed.commitment()},
-                             path));
-  auto writer = SafetensorsWriter::create(path / "client.safetensors",
-                                          {{"final_norm.weight", Dtype::kF32, {hidden}},
-                                           {"embed_tokens.weight", Dtype::kF16, {vocab, hidden}}},
-                                          {{"tied_embeddings", "true"}});
-  if (!writer.ok()) fail(std::string(writer.status().message()));
-  const std::vector<float> gain(hidden, 1.0f);
-  check((*writer)->write(std::as_bytes(std::span(gain))));
-  // Normal numbers from a table: a billion draws would take longer than the measurement.
-  std::mt19937_64 rng{std::random_device{}()};
-  std::normal_distribution<float> normal;
-  std::vector<std::uint16_t> table(1 << 16), row(hidden);
-  for (std::uint16_t& x : table) x = f32_to_f16(normal(rng));
-  for (std::size_t i = 0; i < vocab; ++i) {
-    std::uint64_t bits = 0;
-    for (std::size_t j = 0; j < hidden; ++j) {
-      bits = j % 4 == 0 ? rng() : bits >> 16;
-      row[j] = table[bits & 0xffff];
-    }
-    check((*writer)->write(std::as_bytes(std::span(row))));
-  }
-  check((*writer)->finish());
 }
 
 int run(int argc, char** argv) {
@@ -105,8 +57,8 @@ int run(int argc, char** argv) {
       return 2;
     }
   }
-  const Folder folder;
-  make_client(folder.path, vocab, hidden);
+  const BenchFolder folder("infemeral-client-token-bench");
+  check(make_bench_client(folder.path, vocab, hidden, CloakMode::kLazy));
   const auto begin = Clock::now();
   auto client = ClientFolder::open(folder.path);
   if (!client.ok()) fail(std::string(client.status().message()));

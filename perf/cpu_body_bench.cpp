@@ -1,5 +1,5 @@
 // The CPU body on random weights in the shape of SmolLM2-135M: decode and prefill, by context and
-// by the number of sessions that share a pass over the weights.
+// by the number of sessions that share a pass over the weights, with float16 and int8 weights.
 //
 //   GB/s   weight bytes over time: the lower bound of a decode step is their reading
 //   rows/s tokens, prefilled or decoded
@@ -7,11 +7,13 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "cpu/body.h"
+#include "cpu/prepare.h"
 #include "tests/tiny_model.h"
 
 namespace infemeral {
@@ -28,20 +30,34 @@ const TinyModelOptions kShape = {.hidden = 576,
                                  .tied = true,
                                  .dtype = Dtype::kF16};
 
-constexpr double kWeightBytes = 30.0 * 2 * 576 * (2 * 576 + 2 * 192 + 3 * 1536);
+constexpr double kWeights = 30.0 * 576 * (2 * 576 + 2 * 192 + 3 * 1536);
 
-Body& body() {
-  static const std::unique_ptr<Body> loaded = [] {
-    const TempFolder folder;  // the mapping outlives the file
-    make_tiny_model(folder.path() / "model", kShape);
-    auto result = load_cpu_body(folder.path() / "model", {});
-    if (!result.ok()) {
-      std::fprintf(stderr, "%s\n", std::string(result.status().message()).c_str());
-      std::exit(2);
-    }
-    return *std::move(result);
-  }();
-  return *loaded;
+void check(const absl::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
+  std::exit(2);
+}
+
+std::unique_ptr<Body> load(bool int8) {
+  const TempFolder folder;  // the mapping outlives the file
+  std::filesystem::path path = folder.path() / "model";
+  make_tiny_model(path, kShape);
+  if (int8) {
+    check(
+        prepare_model(
+            {.model_dir = path, .output_dir = folder.path() / "prepared", .body_dtype = Dtype::kI8})
+            .status());
+    path = folder.path() / "prepared" / "body";
+  }
+  auto result = load_cpu_body(path, {});
+  check(result.status());
+  return *std::move(result);
+}
+
+Body& body(bool int8) {
+  static std::unique_ptr<Body> loaded[2];
+  if (loaded[int8] == nullptr) loaded[int8] = load(int8);
+  return *loaded[int8];
 }
 
 std::vector<float> random_states(std::size_t rows) {
@@ -52,58 +68,71 @@ std::vector<float> random_states(std::size_t rows) {
   return x;
 }
 
-void report(benchmark::State& state, double rows) {
+void report(benchmark::State& state, double rows, bool int8) {
   using benchmark::Counter;
   state.counters["rows/s"] = Counter(rows, Counter::kIsIterationInvariantRate);
-  state.counters["GB/s"] = Counter(kWeightBytes * 1e-9, Counter::kIsIterationInvariantRate);
+  state.counters["GB/s"] =
+      Counter(kWeights * (int8 ? 1 : 2) * 1e-9, Counter::kIsIterationInvariantRate);
 }
 
-void prefill(BodySession& session, std::uint32_t rows) {
+void prefill(Body& body, BodySession& session, std::uint32_t rows) {
   const std::vector<float> states = random_states(rows);
   BodyStep step{.session = &session, .rows = rows, .states = states, .wanted = Wanted::kNone};
-  body().run({&step, 1});
+  body.run({&step, 1});
 }
 
-// args: positions in the cache, sessions.
+// args: positions in the cache, sessions, whether the weights are int8.
 void Decode(benchmark::State& state) {
   const auto context = static_cast<std::uint32_t>(state.range(0));
   const auto count = static_cast<std::size_t>(state.range(1));
+  const bool int8 = state.range(2) != 0;
+  Body& body = infemeral::body(int8);
   const std::vector<float> states = random_states(1);
   std::vector<std::unique_ptr<BodySession>> sessions;
   std::vector<std::vector<float>> outs(count, std::vector<float>(kShape.hidden));
   std::vector<BodyStep> steps;
   for (std::size_t i = 0; i < count; ++i) {
-    sessions.push_back(body().new_session().value());
-    prefill(*sessions.back(), context);
+    sessions.push_back(body.new_session().value());
+    prefill(body, *sessions.back(), context);
     steps.push_back({.session = sessions.back().get(),
                      .start_pos = context,
                      .rows = 1,
                      .states = states,
                      .out = outs[i]});
   }
-  for (auto _ : state) body().run(steps);
-  report(state, static_cast<double>(count));
+  for (auto _ : state) body.run(steps);
+  report(state, static_cast<double>(count), int8);
 }
 BENCHMARK(Decode)
-    ->ArgNames({"context", "sessions"})
-    ->Args({16, 1})
-    ->Args({1024, 1})
-    ->Args({4096, 1})
-    ->Args({16, 2})
-    ->Args({16, 4})
-    ->Args({16, 8})
-    ->Args({1024, 8})
+    ->ArgNames({"context", "sessions", "i8"})
+    ->Args({16, 1, 0})
+    ->Args({1024, 1, 0})
+    ->Args({4096, 1, 0})
+    ->Args({16, 2, 0})
+    ->Args({16, 4, 0})
+    ->Args({16, 8, 0})
+    ->Args({1024, 8, 0})
+    ->Args({16, 1, 1})
+    ->Args({16, 8, 1})
     ->UseRealTime()
     ->Unit(benchmark::kMillisecond);
 
 void Prefill(benchmark::State& state) {
   const auto rows = static_cast<std::uint32_t>(state.range(0));
-  const auto session = body().new_session().value();
-  for (auto _ : state) prefill(*session, rows);
-  report(state, rows);
+  const bool int8 = state.range(1) != 0;
+  Body& body = infemeral::body(int8);
+  const auto session = body.new_session().value();
+  for (auto _ : state) prefill(body, *session, rows);
+  report(state, rows, int8);
 }
-BENCHMARK(Prefill)->ArgName("rows")->Arg(64)->Arg(512)->Arg(2048)->UseRealTime()->Unit(
-    benchmark::kMillisecond);
+BENCHMARK(Prefill)
+    ->ArgNames({"rows", "i8"})
+    ->Args({64, 0})
+    ->Args({512, 0})
+    ->Args({2048, 0})
+    ->Args({512, 1})
+    ->UseRealTime()
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 }  // namespace infemeral

@@ -12,7 +12,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
-#include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -24,12 +24,10 @@
 #include "engine/text.h"
 #include "engine/wire.h"
 #include "kernels/device.h"
-#include "kernels/full_head.h"
-#include "kernels/int8_head.h"
 #include "kernels/rotate.h"
-#include "kernels/sample.h"
-#include "kernels/wire.h"
 #include "perf/kernels_bench_device.h"
+#include "tests/head_kernels.h"
+#include "tests/test_random.h"
 
 namespace infemeral {
 namespace {
@@ -38,21 +36,7 @@ using cuda::Array;
 using cuda::Place;
 
 [[noreturn]] void fail(const std::string& what) {
-  std::fprintf(stderr, "kernels_bench: %s\n", what.c_str());
-  std::exit(1);
-}
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) fail(std::string(what) + ": " + cudaGetErrorString(error));
-}
-template <typename T>
-T value(absl::StatusOr<T> result) {
-  if (!result.ok()) fail(std::string(result.status().message()));
-  return *std::move(result);
-}
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
+  throw std::runtime_error(what);
 }
 
 class Lab {
@@ -134,186 +118,82 @@ class Lab {
 class Head {
  public:
   Head(Lab& lab, int vocab, int hidden, int rows)
-      : lab_(lab), vocab_(vocab), hidden_(hidden), stride_(cuda::padded(hidden)), rows_(rows) {
-    const auto device = [&]<typename T>(Array<T>& array, std::size_t n) {
-      array = value(Array<T>::make(Place::kDevice, n, lab.usage));
-    };
-    const std::size_t v = vocab, s = stride_, k = cuda::kMaxRows;
-    device(lm_head_, v * s);
-    device(cloak_, hidden * s);
-    device(packed_, cuda::packed_size(hidden));
-    device(copy_, cuda::int8_rows(v) * s);
-    device(bounds_, cuda::int8_rows(v));
-    device(largest_norm_, 1);
-    device(cloaked_, k * s);
-    device(states_, k * s);
-    device(planes_, cuda::plane_bytes(cuda::kMaxRows, s));
-    device(split_planes_, cuda::plane_bytes(cuda::kMaxRows, 2 * s));
-    device(units_, k);
-    device(row_states_, k);
-    device(lower_, k * cuda::score_stride(v));
-    device(upper_, k * cuda::score_stride(v));
-    device(candidates_, k * cuda::kMaxCandidates);
-    device(tokens_, k);
-    device(seen_, k * (v / 32 + 1));
-    device(half_states_, k * s);
-    requests_ = value(Array<cuda::RowRequest>::make(Place::kPinned, k, lab.usage));
-    results_ = value(Array<cuda::RowResult>::make(Place::kPinned, k, lab.usage));
-    wire_ = value(Array<std::byte>::make(Place::kPinned, k * s * 4, lab.usage));
-    bench::fill_normal(lab.stage.stream, lm_head_.data(), v, hidden, stride_, 1, rng()());
+      : lab_(lab), rows_(rows), kernels_(lab.stage, vocab, hidden) {
+    const int stride = shape().stride;
+    __half* lm_head = kernels_.weights.lm_head.data();
+    kernels_.device(cloak_, hidden * static_cast<std::size_t>(stride));
+    kernels_.device(packed_, cuda::packed_size(hidden));
+    kernels_.device(half_states_, cuda::kMaxRows * static_cast<std::size_t>(stride));
+    bench::fill_normal(lab.stage.stream, lm_head, vocab, hidden, stride, 1, rng()());
     // Any matrix will do for speed; with this scale states keep their size.
-    bench::fill_normal(lab.stage.stream, cloak_.data(), hidden, hidden, stride_,
+    bench::fill_normal(lab.stage.stream, cloak_.data(), hidden, hidden, stride,
                        1 / std::sqrt(static_cast<float>(hidden)), rng()());
     check(cuda::pack_matrix(lab.stage, cloak_.data(), hidden, false, packed_.data()), "pack");
-    check(cuda::quantise_rows(lab.stage, {.rows = lm_head_.data(),
-                                          .vocab_size = vocab,
-                                          .count = vocab,
-                                          .hidden_size = hidden,
-                                          .stride = stride_,
-                                          .copy = copy_.data(),
-                                          .bounds = bounds_.data(),
-                                          .largest_norm = largest_norm_.data()}),
-          "quantise_rows");
+    kernels_.quantise_rows(vocab);
     for (int i = 0; i < rows; ++i) {
       std::vector<float> row(hidden);
-      for (float& x : row) x = std::normal_distribution<float>()(rng());
-      encode_wire_row(WireDtype::kF16, row, wire_.data() + i * 2 * hidden);
+      for (float& x : row) x = normal();
+      encode_wire_row(WireDtype::kF16, row, kernels_.wire.data() + i * 2 * hidden);
     }
     sample({});
   }
 
-  void sample(const SamplingParams& params) {
+  void sample(SamplingParams params) {
     for (int i = 0; i < rows_; ++i) {
-      cuda::RowRequest& r = requests_[i];
-      r = {};
-      r.inverse_temperature = params.greedy() ? 1 : 1 / params.temperature;
-      r.repetition_penalty = params.repetition_penalty;
-      r.top_p = params.top_p;
-      r.min_p = params.min_p;
-      r.top_k = params.top_k;
-      r.seed = rng()();
-      r.position = rng()() % 1000;
-      r.selection = params.greedy()    ? cuda::Selection::kGreedy
-                    : params.top_k > 0 ? cuda::Selection::kTopK
-                    : params.top_p < 1 ? cuda::Selection::kNucleus
-                    : params.min_p > 0 ? cuda::Selection::kMinP
-                                       : cuda::Selection::kUnlimited;
+      params.seed = rng()();
+      kernels_.write_request(i, {.params = params, .position = random_index(1000)}, 0);
     }
   }
 
-  void decode() {
-    check(cuda::decode(lab_.stage, {.wire = wire_.data(),
-                                    .requests = requests_.data(),
-                                    .seen = seen_.data(),
-                                    .seen_copy = seen_.data(),
-                                    .seen_words = vocab_ / 32 + 1,
-                                    .dtype = WireDtype::kF16,
-                                    .states = rows_,
-                                    .hidden_size = hidden_,
-                                    .stride = stride_,
-                                    .out = cloaked_.data(),
-                                    .split = {split_planes_.data(), units_.data()},
-                                    .rows = row_states_.data()}),
-          "decode");
-  }
-  void uncloak() {
-    check(cuda::rotate(lab_.stage, {.matrix = packed_.data(),
-                                    .rows = hidden_,
-                                    .stride = stride_,
-                                    .states = {split_planes_.data(), units_.data()},
-                                    .n = rows_,
-                                    .out = states_.data(),
-                                    .started = &row_states_.data()->times.uncloak}),
-          "uncloak");
-  }
-  void int8_head() {
-    check(cuda::int8_head(lab_.stage, {.states = states_.data(),
-                                       .n = rows_,
-                                       .hidden_size = hidden_,
-                                       .stride = stride_,
-                                       .vocab_size = vocab_,
-                                       .copy = copy_.data(),
-                                       .bounds = bounds_.data(),
-                                       .largest_norm = largest_norm_.data(),
-                                       .planes = planes_.data(),
-                                       .seen = seen_.data(),
-                                       .seen_words = vocab_ / 32 + 1,
-                                       .rows = row_states_.data(),
-                                       .lower = lower_.data(),
-                                       .upper = upper_.data()}),
-          "int8_head");
-  }
-  cuda::Sample sampling() {
-    return {.n = rows_,
-            .vocab_size = vocab_,
-            .stride = stride_,
-            .rows = row_states_.data(),
-            .lower = lower_.data(),
-            .upper = upper_.data(),
-            .lm_head = lm_head_.data(),
-            .states = states_.data(),
-            .seen = seen_.data(),
-            .seen_words = vocab_ / 32 + 1,
-            .candidates = candidates_.data(),
-            .results = results_.data(),
-            .tokens = tokens_.data()};
-  }
-  void scan() { check(cuda::scan(lab_.stage, sampling()), "scan"); }
-  void select() { check(cuda::select(lab_.stage, sampling()), "select"); }
-  void choose() { check(cuda::choose(lab_.stage, sampling()), "choose"); }
-  void choose_full() { check(cuda::choose_full(lab_.stage, sampling()), "choose_full"); }
-  void full_product() {
-    check(cuda::full_head(lab_.stage, {.lm_head = lm_head_.data(),
-                                       .vocab_size = vocab_,
-                                       .stride = stride_,
-                                       .states = states_.data(),
-                                       .n = rows_,
-                                       .logits = upper_.data(),
-                                       .started = &row_states_.data()->times.de_embed}),
-          "full head");
-  }
+  void uncloak() { kernels_.uncloak(rows_, packed_.data()); }
   void certified(bool greedy, bool with_scan) {
-    decode();
+    kernels_.decode(rows_);
     uncloak();
-    int8_head();
-    if (with_scan) scan();
-    select();
-    if (!greedy) choose();
+    kernels_.int8_head(rows_);
+    if (with_scan) kernels_.scan(rows_);
+    kernels_.select(rows_);
+    if (!greedy) kernels_.choose(rows_);
   }
   void greedy_from_device() {
     uncloak();
-    int8_head();
-    select();
+    kernels_.int8_head(rows_);
+    kernels_.select(rows_);
   }
   void full() {
-    decode();
+    kernels_.decode(rows_);
     uncloak();
-    full_product();
-    choose_full();
+    kernels_.full_head(rows_);
+    kernels_.choose_full(rows_);
   }
   void cublas(cublasHandle_t handle) {
     const float one = 1, zero = 0;
-    const auto status = cublasGemmEx(handle, CUBLAS_OP_T, CUBLAS_OP_N, vocab_, rows_, hidden_, &one,
-                                     lm_head_.data(), CUDA_R_16F, stride_, half_states_.data(),
-                                     CUDA_R_16F, stride_, &zero, upper_.data(), CUDA_R_32F, vocab_,
-                                     CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    const auto status = cublasGemmEx(
+        handle, CUBLAS_OP_T, CUBLAS_OP_N, shape().vocab_size, rows_, shape().hidden_size, &one,
+        kernels_.weights.lm_head.data(), CUDA_R_16F, shape().stride, half_states_.data(),
+        CUDA_R_16F, shape().stride, &zero, kernels_.buffers.upper.data(), CUDA_R_32F,
+        shape().vocab_size, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     if (status != CUBLAS_STATUS_SUCCESS) fail("cublasGemmEx");
   }
 
   // Stages against the CPU; stops the program at a difference.
   void verify(const simd::Kernels& kernels, ThreadPool& pool) {
+    const auto [hidden, vocab, stride, seen_words] = shape();
     sample({});
     certified(true, false);
     check(cudaStreamSynchronize(lab_.stage.stream), "certified");
-    std::vector<float> states(static_cast<std::size_t>(rows_) * stride_);
-    check(cudaMemcpy(states.data(), states_.data(), states.size() * 4, cudaMemcpyDefault), "copy");
-    std::vector<std::uint16_t> head(static_cast<std::size_t>(vocab_) * stride_);
-    check(cudaMemcpy(head.data(), lm_head_.data(), head.size() * 2, cudaMemcpyDefault), "copy");
-    std::vector<std::uint16_t> cloak(static_cast<std::size_t>(hidden_) * stride_);
+    std::vector<float> states(static_cast<std::size_t>(rows_) * stride);
+    check(cudaMemcpy(states.data(), kernels_.buffers.states.data(), states.size() * 4,
+                     cudaMemcpyDefault),
+          "copy");
+    std::vector<std::uint16_t> head(static_cast<std::size_t>(vocab) * stride);
+    check(cudaMemcpy(head.data(), kernels_.weights.lm_head.data(), head.size() * 2,
+                     cudaMemcpyDefault),
+          "copy");
+    std::vector<std::uint16_t> cloak(static_cast<std::size_t>(hidden) * stride);
     check(cudaMemcpy(cloak.data(), cloak_.data(), cloak.size() * 2, cudaMemcpyDefault), "copy");
-    const std::size_t v = vocab_;
+    const std::size_t v = vocab;
     const Matrix matrix{simd::Format::kF16, reinterpret_cast<const std::byte*>(head.data()), v,
-                        static_cast<std::size_t>(stride_)};
+                        static_cast<std::size_t>(stride)};
     std::vector<float> logits(v);
     const Rows out{logits.data(), v};
     const Linear linear_product{.weight = &matrix, .out = out};
@@ -321,30 +201,30 @@ class Head {
     std::size_t rescored = 0;
     for (int i = 0; i < rows_; ++i) {
       // uncloak, in float64
-      std::vector<float> wire(hidden_);
-      decode_wire_row(WireDtype::kF16, wire_.data() + i * 2 * hidden_, wire);
+      std::vector<float> wire(hidden);
+      decode_wire_row(WireDtype::kF16, kernels_.wire.data() + i * 2 * hidden, wire);
       double worst = 0, scale = 0;
-      for (int j = 0; j < hidden_ && i % 16 == 0; ++j) {
+      for (int j = 0; j < hidden && i % 16 == 0; ++j) {
         double sum = 0;
-        for (int c = 0; c < hidden_; ++c) {
-          sum += static_cast<double>(f16_to_f32(cloak[static_cast<std::size_t>(j) * stride_ + c])) *
+        for (int c = 0; c < hidden; ++c) {
+          sum += static_cast<double>(f16_to_f32(cloak[static_cast<std::size_t>(j) * stride + c])) *
                  wire[c];
         }
-        worst = std::max(worst, std::fabs(sum - states[i * stride_ + j]));
+        worst = std::max(worst, std::fabs(sum - states[i * stride + j]));
         scale = std::max(scale, std::fabs(sum));
       }
       if (!(worst <= 1e-5 * scale)) fail("uncloak differs from the CPU");
       // the head, against the CPU's float16 product
-      const Rows x{states.data() + i * stride_, static_cast<std::size_t>(stride_)};
+      const Rows x{states.data() + i * stride, static_cast<std::size_t>(stride)};
       linear(kernels, pool, {&linear_product, 1}, x, 1);
       const auto best = std::max_element(logits.begin(), logits.end());
-      const cuda::RowResult& result = results_[i];
+      const cuda::RowResult& result = kernels_.results[i];
       if (result.outcome != cuda::Outcome::kToken) fail("greedy is not certified");
       rescored += result.rows_rescored;
       const float gap = *best - logits[result.token];
       if (gap > 1e-4f * *best) fail("the certified token is not the CPU's best");
-      check(cudaMemcpy(upper.data(), upper_.data() + i * cuda::score_stride(v), v * 4,
-                       cudaMemcpyDefault),
+      check(cudaMemcpy(upper.data(), kernels_.buffers.upper.data() + i * cuda::score_stride(v),
+                       v * 4, cudaMemcpyDefault),
             "copy");
       for (std::size_t t = 0; t < v; ++t) {
         if (!(upper[t] >= logits[t] && upper[t] < logits[t] + 0.5f * *best))
@@ -352,35 +232,36 @@ class Head {
       }
     }
     std::vector<std::int32_t> tokens(rows_);
-    for (int i = 0; i < rows_; ++i) tokens[i] = results_[i].token;
+    for (int i = 0; i < rows_; ++i) tokens[i] = kernels_.results[i].token;
     full();
     check(cudaStreamSynchronize(lab_.stage.stream), "full");
     for (int i = 0; i < rows_; ++i) {
-      if (results_[i].token != tokens[i]) fail("certified and full head differ");
+      if (kernels_.results[i].token != tokens[i]) fail("certified and full head differ");
     }
-    std::fprintf(stderr, "%dx%d, %d rows: checked; %.1f rows rescored a token\n", vocab_, hidden_,
+    std::fprintf(stderr, "%dx%d, %d rows: checked; %.1f rows rescored a token\n", vocab, hidden,
                  rows_, static_cast<double>(rescored) / rows_);
   }
 
   void measure(cublasHandle_t handle) {
-    const std::string shape =
-        rows_ > 1 ? cat(vocab_, "x", hidden_, "/", rows_) : cat(vocab_, "x", hidden_);
-    const double q = 2.0 * hidden_ * stride_, int8 = 1.0 * vocab_ * stride_, f16 = 2 * int8;
+    const auto [hidden, vocab, stride, seen_words] = shape();
+    const std::string label =
+        rows_ > 1 ? cat(vocab, "x", hidden, "/", rows_) : cat(vocab, "x", hidden);
+    const double q = 2.0 * hidden * stride, int8 = 1.0 * vocab * stride, f16 = 2 * int8;
     const auto time = [&](
                           const char* what, double bytes, const std::function<void()>& enqueue,
                           const std::function<void()>& before = [] {}) {
       const double us = lab_.time(enqueue, before);
-      lab_.report(shape, what, us, bytes);
+      lab_.report(label, what, us, bytes);
     };
-    const auto prepare = [&] { decode(); };
-    time("decode", 0, [&] { decode(); });
+    const auto prepare = [&] { kernels_.decode(rows_); };
+    time("decode", 0, [&] { kernels_.decode(rows_); });
     time(
         "uncloak", q, [&] { uncloak(); }, prepare);
     time(
-        "int8_head", int8, [&] { int8_head(); }, prepare);
+        "int8_head", int8, [&] { kernels_.int8_head(rows_); }, prepare);
     time("reading the int8 copy", int8, [&] {
-      check(bench::read_all(lab_.stage.stream, copy_.data(), copy_.size(),
-                            lab_.stage.multiprocessors, lab_.sink()),
+      check(bench::read_all(lab_.stage.stream, kernels_.weights.copy.data(),
+                            kernels_.weights.copy.size(), lab_.stage.multiprocessors, lab_.sink()),
             "read");
     });
     sample({});
@@ -400,7 +281,7 @@ class Head {
     sample({});
     time(
         "certified greedy, row on device", q + int8, [&] { greedy_from_device(); }, prepare);
-    time("full product (float16)", f16, [&] { full_product(); });
+    time("full product (float16)", f16, [&] { kernels_.full_head(rows_); });
     time("full greedy", q + f16, [&] { full(); });
     print_stages();
     time("cuBLAS product (float16)", f16, [&] { cublas(handle); });
@@ -408,7 +289,7 @@ class Head {
 
  private:
   void print_stages() {
-    const cuda::RowResult& r = results_[0];
+    const cuda::RowResult& r = kernels_.results[0];
     const auto us = [](unsigned long long a, unsigned long long b) {
       return static_cast<double>(static_cast<long long>(b - a)) / 1000;
     };
@@ -421,18 +302,12 @@ class Head {
         us(r.times.decode, r.times.end), static_cast<int>(r.outcome), r.rows_rescored);
   }
 
+  const cuda::ClientShape& shape() const { return kernels_.shape; }
+
   Lab& lab_;
-  const int vocab_, hidden_, stride_, rows_;
-  Array<__half> lm_head_, cloak_, packed_, half_states_;
-  Array<std::byte> copy_, planes_, split_planes_, wire_;
-  Array<RowBound> bounds_;
-  Array<float> units_, largest_norm_, cloaked_, states_, lower_, upper_;
-  Array<cuda::RowState> row_states_;
-  Array<cuda::ScoredToken> candidates_;
-  Array<std::int32_t> tokens_;
-  Array<std::uint32_t> seen_;
-  Array<cuda::RowRequest> requests_;
-  Array<cuda::RowResult> results_;
+  const int rows_;
+  HeadKernels kernels_;
+  Array<__half> cloak_, packed_, half_states_;
 };
 
 int run(int argc, char** argv) {
@@ -483,5 +358,10 @@ int run(int argc, char** argv) {
 }  // namespace infemeral
 
 int main(int argc, char** argv) {
-  return infemeral::run(argc, argv);
+  try {
+    return infemeral::run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kernels_bench: %s\n", error.what());
+    return 1;
+  }
 }

@@ -1,5 +1,6 @@
 #include <curand_kernel.h>
 
+#include "kernels/bulk.cuh"
 #include "kernels/common.cuh"
 #include "perf/kernels_bench_device.h"
 
@@ -26,13 +27,8 @@ __global__ void read_kernel(const std::byte* data, std::size_t pieces, unsigned*
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ std::uint64_t full[kStages];
-  const auto address = [](const void* p) {
-    return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-  };
   if (threadIdx.x == 0) {
-    for (auto& barrier : full) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&barrier)));
-    }
+    for (auto& barrier : full) cuda::barrier_init(&barrier, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -40,29 +36,15 @@ __global__ void read_kernel(const std::byte* data, std::size_t pieces, unsigned*
       pieces > blockIdx.x ? (pieces - blockIdx.x + gridDim.x - 1) / gridDim.x : 0;
   const auto fetch = [&](std::size_t k) {
     const int stage = k % kStages;
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&full[stage])),
-        "r"(kPiece)
-        : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(address(shared + stage * kPiece)),
-        "l"(data + (k * gridDim.x + blockIdx.x) * kPiece), "r"(kPiece), "r"(address(&full[stage]))
-        : "memory");
+    cuda::barrier_expect(&full[stage], kPiece);
+    cuda::copy_bulk(shared + stage * kPiece, data + (k * gridDim.x + blockIdx.x) * kPiece, kPiece,
+                    &full[stage]);
   };
   if (threadIdx.x == 0) {
     for (std::size_t k = 0; k < kStages && k < own; ++k) fetch(k);
   }
   for (std::size_t k = 0; k < own; ++k) {
-    int done = 0;
-    while (done == 0) {
-      asm volatile(
-          "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-          " selp.s32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(address(&full[k % kStages])), "r"(static_cast<int>(k / kStages & 1))
-          : "memory");
-    }
+    cuda::barrier_wait(&full[k % kStages], static_cast<int>(k / kStages & 1));
     for (int i = threadIdx.x * 16; i < kPiece; i += blockDim.x * 16) {
       const auto v = *reinterpret_cast<const uint4*>(shared + k % kStages * kPiece + i);
       sum += v.x ^ v.y ^ v.z ^ v.w;

@@ -1,0 +1,40 @@
+#include "perf/case_recorder.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace infemeral {
+
+CaseResult new_case(std::string name, std::string item, std::uint64_t items, CalibrationLoop loop) {
+  CaseResult result{.name = std::move(name), .item = std::move(item), .items = items};
+  result.calibration = calibration_name(loop);
+  for (const PhaseName& phase : kPhases) result.phases.push_back({.name = phase.name});
+  return result;
+}
+
+void add_sample(CaseResult& result, double ms, const PhaseTimes& times) {
+  result.samples_ms.push_back(ms);
+  for (std::size_t i = 0; i < kPhases.size(); ++i) {
+    result.phases[i].ms.push_back(times.*kPhases[i].value);
+  }
+}
+
+CaseResult finished(CaseResult result) {
+  std::erase_if(result.phases, [](const CaseResult::Phase& phase) {
+    return std::all_of(phase.ms.begin(), phase.ms.end(), [](double ms) { return ms == 0; });
+  });
+  return result;
+}
+
+absl::Status repeat(const BenchPlan& plan, std::string_view stage,
+                    const std::function<absl::Status(bool measured)>& body) {
+  const int total = plan.warmups + plan.runs;
+  for (int i = 0; i < total; ++i) {
+    if (plan.progress) plan.progress(stage, i, total);
+    if (plan.stop.stop_requested()) return absl::CancelledError("the benchmark was interrupted");
+    if (auto status = body(i >= plan.warmups); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace infemeral

@@ -1,0 +1,34 @@
+// How the cases repeat and keep their samples.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+
+#include "absl/status/status.h"
+#include "engine/metrics.h"
+#include "engine/report.h"
+#include "perf/bench_cases.h"
+#include "perf/calibration.h"
+
+namespace infemeral {
+
+using BenchClock = std::chrono::steady_clock;
+
+inline double ms_since(BenchClock::time_point begin) {
+  return std::chrono::duration<double, std::milli>(BenchClock::now() - begin).count();
+}
+
+// A case with a place for every phase of a token.
+CaseResult new_case(std::string name, std::string item, std::uint64_t items, CalibrationLoop loop);
+void add_sample(CaseResult& result, double ms, const PhaseTimes& times);
+// Without the phases that no sample spent time in.
+CaseResult finished(CaseResult result);
+
+// Calls body(measured) for the plan's warm-ups and then its runs; Cancelled when it is to stop.
+absl::Status repeat(const BenchPlan& plan, std::string_view stage,
+                    const std::function<absl::Status(bool measured)>& body);
+
+}  // namespace infemeral
