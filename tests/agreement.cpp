@@ -122,8 +122,10 @@ int run(const char* prepared, const char* teacher_file) {
     double share;
   };
   bool passed = true;
+  const bool int8_body = endpoint->local_body()->info().description.ends_with(" i8");
+  const double wide = int8_body ? 0.955 : 0.995, narrow = int8_body ? 0.95 : 0.97;
   for (const Bar& bar :
-       {Bar{WireDtype::kF32, 0.995}, Bar{WireDtype::kF16, 0.995}, Bar{WireDtype::kI8, 0.97}}) {
+       {Bar{WireDtype::kF32, wide}, Bar{WireDtype::kF16, wide}, Bar{WireDtype::kI8, narrow}}) {
     auto result = measure(**backend, **link, bar.wire, teacher);
     if (!result.ok()) return fail(result.status());
     const bool reached = result->share >= bar.share;

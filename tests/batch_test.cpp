@@ -128,4 +128,63 @@ TEST_CASE("result lines: ours, and OpenAI's for OpenAI items") {
   CHECK(json["error"]["code"] == "engine_error");
 }
 
+TEST_CASE("what an earlier run left: whole lines count, a cut one does not, others' are refused") {
+  const auto items = parse_batch(
+      R"({"prompt": "a"}
+{"prompt": "b", "id": "second"}
+{"messages": [{"role": "user", "content": "hi"}]}
+{"custom_id": "r", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "hi"}]}}
+{"prompt": 5}
+)",
+      "x.jsonl");
+  REQUIRE(items.size() == 5);
+  TextResult result;
+  result.text = "made\nhere";
+  std::vector<std::string> lines;
+  for (const BatchItem& item : items) {
+    lines.push_back(result_line(item, "m", 3, result, item.status) + "\n");
+  }
+  const auto all = read_results(lines[0] + lines[1] + lines[2] + lines[3] + lines[4], items);
+  REQUIRE(all.ok());
+  CHECK(all->n_finished == 5);
+  CHECK(read_results("", items)->n_finished == 0);
+
+  // Cut at every byte, in any order of lines.
+  const std::string text = lines[3] + lines[1] + lines[2];
+  for (std::size_t size = 0; size <= text.size(); ++size) {
+    const auto cut = read_results(std::string_view(text).substr(0, size), items);
+    INFO(size << " " << cut.status());
+    REQUIRE(cut.ok());
+    std::size_t whole = 0, bytes = 0;
+    bool unended = false;
+    for (const std::size_t i : {3, 1, 2}) {
+      const std::size_t end = bytes + lines[i].size();
+      if (size + 1 < end) break;
+      unended = size + 1 == end;  // all but the newline is there
+      bytes = std::min(size, end);
+      ++whole;
+      CHECK(cut->finished[i]);
+      if (unended) break;
+    }
+    CHECK(cut->n_finished == whole);
+    CHECK(cut->bytes == bytes);
+    CHECK(cut->unended == unended);
+  }
+
+  const auto refused = [&](const std::string& results, int line) {
+    const auto status = read_results(results, items).status();
+    return absl::IsInvalidArgument(status) &&
+           status.message().find("line " + std::to_string(line) + " ") != absl::string_view::npos;
+  };
+  CHECK(refused("not json\n", 1));
+  CHECK(refused(lines[0] + "\n" + lines[1], 2));
+  CHECK(refused(lines[0] + "{}\n", 2));
+  CHECK(refused(R"({"index": 0, "prompt": "another", "text": ""})", 1));
+  CHECK(refused(R"({"index": 1, "id": "third", "prompt": "b", "text": ""})", 1));
+  CHECK(refused(R"({"index": 5, "prompt": "a", "text": ""})", 1));
+  CHECK(refused(R"({"index": -1, "prompt": "a", "text": ""})", 1));
+  CHECK(refused(R"({"id": "batch_req_3", "custom_id": "q"})", 1));
+  CHECK(refused(R"({"id": "batch_req_3x", "custom_id": "r"})", 1));
+}
+
 }  // namespace infemeral

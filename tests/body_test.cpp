@@ -11,7 +11,6 @@
 #include <fstream>
 #include <limits>
 #include <numbers>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -20,22 +19,11 @@
 #include "engine/model_config.h"
 #include "engine/safetensors.h"
 #include "engine/text.h"
+#include "tests/test_random.h"
 #include "tests/tiny_model.h"
 
 namespace infemeral {
 namespace {
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
-
-std::vector<float> random_states(std::size_t n) {
-  std::normal_distribution<float> normal;
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(rng());
-  return x;
-}
 
 // ------------------------------------------------------------------- the float64 forward pass
 
@@ -266,7 +254,7 @@ TEST_CASE("every architecture equals the float64 forward pass, on every kernel p
         const auto body = model.load();
         const auto session = body->new_session().value();
         const std::size_t rows = 29;
-        const std::vector<float> states = random_states(rows * o.hidden);
+        const std::vector<float> states = normals(rows * o.hidden);
         const std::vector<float> out = step(*body, *session, 0, states);
         const std::vector<Row> expected = Reference(model.path).forward(states);
         // In float32 each of the few hundred operations between input and output adds about one
@@ -297,7 +285,7 @@ TEST_CASE("prefill in one piece, in chunks, and row by row give the same bits") 
       const Model model(o);
       const auto body = model.load();
       const std::size_t h = o.hidden, rows = 531;  // three batches, three pages
-      const std::vector<float> states = random_states(rows * h);
+      const std::vector<float> states = normals(rows * h);
       const auto whole = body->new_session().value();
       const std::vector<float> expected = step(*body, *whole, 0, states);
 
@@ -324,7 +312,7 @@ TEST_CASE("a step sent again, and one that cuts the cache, change nothing") {
   const Model model(o);
   const auto body = model.load();
   const std::size_t h = o.hidden;
-  const std::vector<float> states = random_states(60 * h), other = random_states(30 * h);
+  const std::vector<float> states = normals(60 * h), other = normals(30 * h);
   const std::span<const float> all(states);
   const auto session = body->new_session().value();
   const std::vector<float> first = step(*body, *session, 0, all.first(40 * h));
@@ -343,7 +331,7 @@ TEST_CASE("what is wanted changes what comes back, not what it is") {
   const Model model(o);
   const auto body = model.load();
   const std::size_t h = o.hidden, rows = 300;
-  const std::vector<float> states = random_states(rows * h), more = random_states(h);
+  const std::vector<float> states = normals(rows * h), more = normals(h);
   const auto all = body->new_session().value(), last = body->new_session().value(),
              none = body->new_session().value();
   const std::vector<float> expected = step(*body, *all, 0, states);
@@ -370,8 +358,8 @@ TEST_CASE("several sessions in one run give each the bits that it gets alone") {
     std::vector<std::vector<float>> states, outs, expected;
     std::vector<BodyStep> steps;
     for (std::size_t i = 0; i < rows.size(); ++i) {
-      const std::vector<float> past = random_states(history[i] * h);
-      states.push_back(random_states(rows[i] * h));
+      const std::vector<float> past = normals(history[i] * h);
+      states.push_back(normals(rows[i] * h));
       const Wanted wanted = i == 2 ? Wanted::kNone : i == 3 ? Wanted::kLast : Wanted::kAll;
       const auto start = static_cast<std::uint32_t>(history[i]);
       // Alone, on another number of threads.
@@ -406,7 +394,7 @@ TEST_CASE("steps that do not fit are refused one by one, and leave the others al
   const auto body = model.load({.threads = 0, .max_context = 50}), stranger = stranger_model.load();
   CHECK(body->info().max_context == 50);
   const std::size_t h = o.hidden;
-  const std::vector<float> states = random_states(60 * h);
+  const std::vector<float> states = normals(60 * h);
   std::vector<float> out(60 * h);
   const auto session = body->new_session().value(), busy = body->new_session().value(),
              foreign = stranger->new_session().value();
@@ -446,7 +434,7 @@ TEST_CASE("steps that do not fit are refused one by one, and leave the others al
   refused({.session = nullptr, .rows = 1, .states = in.first(h), .out = to.first(h)}, "not made");
   refused({.session = foreign.get(), .rows = 1, .states = in.first(h), .out = to.first(h)},
           "not made");
-  std::vector<float> broken = random_states(h);
+  std::vector<float> broken = normals(h);
   broken[h / 2] = std::numeric_limits<float>::infinity();
   refused({.session = session.get(), .rows = 1, .states = broken, .out = to.first(h)},
           "not finite");
@@ -470,7 +458,7 @@ TEST_CASE("the cache grows in pages and counts its bytes") {
     CHECK(body->info().kv_bytes_per_token == per_token);
     const auto session = body->new_session().value();
     CHECK(session->kv_bytes() == 0);
-    const std::vector<float> states = random_states(256 * o.hidden);
+    const std::vector<float> states = normals(256 * o.hidden);
     step(*body, *session, 0, states, Wanted::kNone);
     CHECK(session->kv_bytes() == 256 * per_token);
     step(*body, *session, 256, std::span(states).first(o.hidden), Wanted::kNone);
@@ -498,10 +486,17 @@ TEST_CASE("the folder says what it is, or what is wrong with it") {
   const auto manifest = [&](const std::string& text) {
     std::ofstream(model.path / "infemeral.json") << text;
   };
-  manifest(cat(R"({"model_fingerprint": ")", hex, R"(", "cloak_commitment": ")", hex, "\"}"));
+  const std::string prints =
+      cat(R"("model_fingerprint": ")", hex, R"(", "cloak_commitment": ")", hex, "\"}");
+  for (const char* version : {"0", "3", "\"1\"", "null"}) {
+    manifest(cat(R"({"format_version": )", version, ", ", prints));
+    CHECK(error().code() == absl::StatusCode::kDataLoss);
+  }
+  manifest(cat(R"({"format_version": 1, )", prints));
   CHECK(model.load()->info().cloak_commitment[31] == 0xaa);
   for (const char* bad :
-       {"", "[]", "{}", R"({"model_fingerprint": 7, "cloak_commitment": "aa"})"}) {
+       {"", "[]", "{}",
+        R"({"format_version": 1, "model_fingerprint": 7, "cloak_commitment": "aa"})"}) {
     manifest(bad);
     CHECK(error().code() == absl::StatusCode::kDataLoss);
   }

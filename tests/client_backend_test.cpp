@@ -14,6 +14,7 @@
 #include "cpu/simd/dispatch.h"
 #include "engine/token_subset.h"
 #include "tests/client_fixture.h"
+#include "tests/head_problems.h"
 #include "tests/test_random.h"
 
 namespace infemeral {
@@ -72,8 +73,8 @@ TEST_CASE("the number of threads changes no bit, and every phase is timed") {
     for (std::size_t i = 0; i < rows; ++i) {
       const std::vector<std::byte> row = encode(dtype, random_row(client.hidden));
       bytes.insert(bytes.end(), row.begin(), row.end());
-      requests.push_back(
-          {.params = {.temperature = i % 2 == 0 ? 0 : 0.8f, .seed = rng()()}, .position = i});
+      requests.push_back({.params = kSamplingKinds[i % kSamplingKinds.size()], .position = i});
+      requests.back().params.seed = rng()();
       std::vector<float> logits(client.vocab), other(client.vocab);
       REQUIRE(one->logits(row, dtype, logits).ok());
       REQUIRE(two->logits(row, dtype, other).ok());

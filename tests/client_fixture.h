@@ -21,6 +21,8 @@ struct ClientSizes {
   std::size_t hidden = 96;
   std::size_t vocab = 301;
   bool tied = false;
+  // kFolded: the random tables are taken as rotated ones, so that Q is the identity and gains are 1
+  // in everything below. Not to be tied.
   CloakMode cloak = CloakMode::kLazy;
 };
 

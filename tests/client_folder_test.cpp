@@ -182,7 +182,7 @@ TEST_CASE("a damaged manifest is refused, field by field") {
     }
   }
   nlohmann::json other_version = good;
-  other_version["format_version"] = ClientManifest::kFormatVersion + 1;
+  other_version["format_version"] = ClientManifest::kFoldedFormatVersion + 1;
   std::ofstream(file) << other_version;
   CHECK(absl::IsFailedPrecondition(load_client_manifest(temp.path()).status()));
   for (const char* text : {"", "[]", "{", "null", "\"\xff\""}) {

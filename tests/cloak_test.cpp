@@ -9,7 +9,6 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
-#include <random>
 
 #include "engine/fingerprint.h"
 #include "engine/float16.h"
@@ -17,22 +16,11 @@
 #include "engine/gemm_kernel.h"
 #include "engine/qr.h"
 #include "engine/safetensors.h"
+#include "tests/test_random.h"
 #include "tests/tiny_model.h"
 
 namespace infemeral {
 namespace {
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
-
-std::vector<double> random_doubles(std::size_t n) {
-  std::normal_distribution<double> normal;
-  std::vector<double> values(n);
-  for (double& value : values) value = normal(rng());
-  return values;
-}
 
 CloakSeed fixed_seed() {
   std::array<std::uint8_t, 32> bytes;
@@ -67,50 +55,60 @@ std::vector<double> as_doubles(const Cloak& cloak) {
   return values;
 }
 
-}  // namespace
-
-TEST_CASE("every inner kernel of this machine sums what the definition says") {
-  std::vector<GemmKernel> kernels = {gemm_kernel_baseline()};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    kernels.push_back(gemm_kernel_avx2());
-  } else {
-    WARN("skipped the avx2 kernel: this machine has no AVX2 with FMA");
-  }
-  if (__builtin_cpu_supports("avx512f")) {
-    kernels.push_back(gemm_kernel_avx512());
-  } else {
-    WARN("skipped the avx512 kernel: this machine has no AVX-512F");
-  }
-  for (const GemmKernel& kernel : kernels) {
-    INFO(kernel.name);
-    for (const std::size_t k : {0, 1, 2, 7, 256}) {
-      const std::vector<double> a = random_doubles(k * kernel.rows);
-      const std::vector<double> b = random_doubles(k * kernel.cols);
-      alignas(64) double acc[8 * 24];
-      std::fill(std::begin(acc), std::end(acc), std::numeric_limits<double>::quiet_NaN());
-      REQUIRE(kernel.rows * kernel.cols <= std::size(acc));
-      std::vector<double> aligned(b.size() + 8);
-      double* b64 = aligned.data();
-      while (reinterpret_cast<std::uintptr_t>(b64) % 64 != 0) ++b64;
-      std::copy(b.begin(), b.end(), b64);
-      kernel.run(k, a.data(), b64, acc);
-      for (std::size_t r = 0; r < kernel.rows; ++r) {
-        for (std::size_t c = 0; c < kernel.cols; ++c) {
-          double sum = 0, magnitude = 0;
-          for (std::size_t p = 0; p < k; ++p) {
-            const double term = a[p * kernel.rows + r] * b[p * kernel.cols + c];
-            sum += term;
-            magnitude += std::fabs(term);
-          }
-          CHECK(std::fabs(acc[r * kernel.cols + c] - sum) <=
-                2 * static_cast<double>(k) * std::numeric_limits<double>::epsilon() * magnitude);
+template <typename T>
+void check_inner_kernel(const GemmKernel<T>& kernel) {
+  for (const std::size_t k : {0, 1, 2, 7, 256}) {
+    const std::vector<T> a = normals<T>(k * kernel.rows);
+    const std::vector<T> b = normals<T>(k * kernel.cols);
+    alignas(64) T acc[8 * 48];
+    std::fill(std::begin(acc), std::end(acc), std::numeric_limits<T>::quiet_NaN());
+    REQUIRE(kernel.rows * kernel.cols <= std::size(acc));
+    std::vector<T> aligned(b.size() + 16);
+    T* b64 = aligned.data();
+    while (reinterpret_cast<std::uintptr_t>(b64) % 64 != 0) ++b64;
+    std::copy(b.begin(), b.end(), b64);
+    kernel.run(k, a.data(), b64, acc);
+    for (std::size_t r = 0; r < kernel.rows; ++r) {
+      for (std::size_t c = 0; c < kernel.cols; ++c) {
+        double sum = 0, magnitude = 0;
+        for (std::size_t p = 0; p < k; ++p) {
+          const double term = double{a[p * kernel.rows + r]} * b[p * kernel.cols + c];
+          sum += term;
+          magnitude += std::fabs(term);
         }
+        CHECK(std::fabs(acc[r * kernel.cols + c] - sum) <=
+              2 * static_cast<double>(k) * std::numeric_limits<T>::epsilon() * magnitude);
       }
     }
   }
 }
 
-TEST_CASE("the matrix product: odd sizes, any strides, accumulation, any number of threads") {
+}  // namespace
+
+TEST_CASE("every inner kernel of this machine sums what the definition says") {
+  std::vector<GemmKernels> kernels = {gemm_kernels_baseline()};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    kernels.push_back(gemm_kernels_avx2());
+  } else {
+    WARN("skipped the avx2 kernel: this machine has no AVX2 with FMA");
+  }
+  if (__builtin_cpu_supports("avx512f")) {
+    kernels.push_back(gemm_kernels_avx512());
+  } else {
+    WARN("skipped the avx512 kernel: this machine has no AVX-512F");
+  }
+  for (const GemmKernels& each : kernels) {
+    INFO(each.name);
+    check_inner_kernel(each.f64);
+    check_inner_kernel(each.f32);
+  }
+}
+
+TEMPLATE_TEST_CASE(
+    "the matrix product: odd sizes, any strides, accumulation, any number of threads", "", double,
+    float) {
+  using T = TestType;
+  using View = BasicConstMatrix<T>;
   struct Sizes {
     std::size_t m, n, k;
   };
@@ -124,37 +122,37 @@ TEST_CASE("the matrix product: odd sizes, any strides, accumulation, any number 
                             {4, 4, 0}}) {
     const std::size_t m = sizes.m, n = sizes.n, k = sizes.k;
     for (const bool transposed : {false, true}) {
-      const std::vector<double> a = random_doubles(m * k), b = random_doubles(k * n);
-      const std::vector<double> start = random_doubles(m * n);
-      const auto view = [&](const std::vector<double>& x, std::size_t rows, std::size_t cols) {
-        return transposed ? ConstMatrix{x.data(), 1, static_cast<std::ptrdiff_t>(rows)}
-                          : ConstMatrix{x.data(), static_cast<std::ptrdiff_t>(cols), 1};
+      const std::vector<T> a = normals<T>(m * k), b = normals<T>(k * n);
+      const std::vector<T> start = normals<T>(m * n);
+      const auto view = [&](const std::vector<T>& x, std::size_t rows, std::size_t cols) {
+        return transposed ? View{x.data(), 1, static_cast<std::ptrdiff_t>(rows)}
+                          : View{x.data(), static_cast<std::ptrdiff_t>(cols), 1};
       };
-      const ConstMatrix av = view(a, m, k), bv = view(b, k, n);
-      std::vector<double> one = start, many = start;
-      tbb::task_arena(1).execute([&] { gemm_add(m, n, k, -0.5, av, bv, one.data(), n); });
-      tbb::task_arena(4).execute([&] { gemm_add(m, n, k, -0.5, av, bv, many.data(), n); });
+      const View av = view(a, m, k), bv = view(b, k, n);
+      std::vector<T> one = start, many = start;
+      tbb::task_arena(1).execute([&] { gemm_add(m, n, k, T{-0.5}, av, bv, one.data(), n); });
+      tbb::task_arena(4).execute([&] { gemm_add(m, n, k, T{-0.5}, av, bv, many.data(), n); });
       CHECK(one == many);
       double worst = 0;
       for (std::size_t i = 0; i < m; ++i) {
         for (std::size_t j = 0; j < n; ++j) {
-          double sum = start[i * n + j], magnitude = std::fabs(sum);
+          double sum = double{start[i * n + j]}, magnitude = std::fabs(sum);
           for (std::size_t p = 0; p < k; ++p) {
-            const double term = -0.5 * *av.block(i, p).data * *bv.block(p, j).data;
+            const double term = -0.5 * double{*av.block(i, p).data} * *bv.block(p, j).data;
             sum += term;
             magnitude += std::fabs(term);
           }
           worst = std::max(worst, std::fabs(one[i * n + j] - sum) / magnitude);
         }
       }
-      CHECK(worst <= 2 * (static_cast<double>(k) + 2) * std::numeric_limits<double>::epsilon());
+      CHECK(worst <= 2 * (static_cast<double>(k) + 2) * std::numeric_limits<T>::epsilon());
     }
   }
 }
 
 TEST_CASE("Q of a QR: orthogonal, and R = Q^T A is upper triangular with a positive diagonal") {
   for (const std::size_t n : {1, 2, 63, 64, 65, 200}) {
-    const std::vector<double> a = random_doubles(n * n);  // column-major
+    const std::vector<double> a = normals<double>(n * n);  // column-major
     std::vector<double> q = a;
     orthogonal_factor(n, q);
     double orthogonality = 0, below = 0, smallest = 1;

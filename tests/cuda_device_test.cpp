@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -19,6 +18,7 @@
 #include "kernels/device.h"
 #include "kernels/layout.h"
 #include "tests/cuda_trap.h"
+#include "tests/test_random.h"
 #include "tests/tiny_model.h"
 #include "tools/backend_select.h"
 
@@ -31,11 +31,6 @@ bool has_gpu() {
     std::printf("skipped: no GPU (%s)\n", std::string(device.status().message()).c_str());
   }
   return device.ok();
-}
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
 }
 
 // A tied client folder of random weights.
@@ -63,9 +58,8 @@ struct Client {
     REQUIRE(writer.ok());
     const std::vector<float> gain(h, 1.25f);
     REQUIRE((*writer)->write(std::as_bytes(std::span(gain))).ok());
-    std::normal_distribution<float> normal;
     std::vector<std::uint16_t> table(4099), rows(h);
-    for (auto& x : table) x = f32_to_f16(normal(rng()));
+    for (auto& x : table) x = f32_to_f16(normal());
     for (std::size_t i = 0; i < v; ++i) {
       for (std::size_t j = 0; j < h; ++j) rows[j] = table[rng()() % table.size()];
       REQUIRE((*writer)->write(std::as_bytes(std::span(rows))).ok());
@@ -80,9 +74,7 @@ struct Client {
                                     });
   }
   std::vector<std::byte> random_row() const {
-    std::normal_distribution<float> normal;
-    std::vector<float> values(hidden);
-    for (float& x : values) x = normal(rng());
+    const std::vector<float> values = normals(hidden);
     std::vector<std::byte> row(wire_row_bytes(WireDtype::kF16, hidden));
     encode_wire_row(WireDtype::kF16, values, row.data());
     return row;

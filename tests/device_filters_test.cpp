@@ -7,20 +7,15 @@
 #include <catch2/catch.hpp>
 #include <functional>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "engine/sampling.h"
+#include "tests/test_random.h"
 
 namespace infemeral {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
 
 struct Problem {
   std::vector<cuda::ScoredToken> items;
@@ -32,11 +27,10 @@ struct Problem {
 // From flat to peaked; with ties, and with both zeros.
 Problem random_problem(std::size_t n) {
   Problem p;
-  const float spread = std::exp(std::uniform_real_distribution<float>(-3, 4)(rng()));
-  std::normal_distribution<float> normal(0, spread);
+  const float spread = std::exp(uniform(-3, 4));
   const bool many_ties = rng()() % 5 == 0;
   for (std::size_t i = 0; i < n; ++i) {
-    float score = normal(rng());
+    float score = normal(spread);
     if (rng()() % 4 == 0) score = std::round(score);
     if (many_ties && rng()() % 2 == 0) score = 1.5f;
     p.items.push_back({score, static_cast<std::int32_t>(i)});
@@ -45,7 +39,7 @@ Problem random_problem(std::size_t n) {
   }
   p.request.top_k = rng()() % 2 == 0 ? 0 : 1 + static_cast<int>(rng()() % (n + 10));
   const bool with_p = p.request.top_k == 0 || rng()() % 4 != 0;
-  p.request.top_p = with_p ? std::uniform_real_distribution<float>(0.05f, 0.999f)(rng()) : 1;
+  p.request.top_p = with_p ? uniform(0.05f, 0.999f) : 1;
   return p;
 }
 
@@ -70,15 +64,21 @@ cuda::Filtered expected(const Problem& p) {
   return kept;
 }
 
+// A thread's part of what is not among the items.
+cuda::Rest own_rest(const Problem& p) {
+  const auto t = static_cast<unsigned>(cuda::threadIdx.x);
+  return {p.max - static_cast<float>(t * 37 % cuda::kEmulatedThreads), t};
+}
+
 template <typename Items>
 cuda::Filtered filtered(const Items& shared, const Problem& p) {
   cuda::Filtered result;
   cuda::emulated_block().run([&] {
     Items items = shared;  // as every thread has its own
     items.know_max(p.max);
-    const cuda::Filtered own = items.n <= cuda::kEmulatedThreads
-                                   ? cuda::filter_few(items, p.request)
-                                   : cuda::filter_many(items, p.request, p.max);
+    const cuda::Filtered own = items.n <= cuda::kFew
+                                   ? cuda::filter_few(items, p.request, own_rest(p))
+                                   : cuda::filter_many(items, p.request, p.max, own_rest(p));
     if (cuda::threadIdx.x == 0) result = own;
   });
   return result;
@@ -93,7 +93,7 @@ TEST_CASE("a block's filters keep what sorting keeps") {
                                            : 1500 + rng()() % 1500;  // around the cached ones' end
     const Problem p = random_problem(n);
     const cuda::Filtered want = expected(p);
-    std::vector<float> cached = p.scores;
+    std::vector<cuda::ScoredToken> cached = p.items;
     cached.resize(std::min<std::size_t>(n, cuda::Candidates::kCached));
     std::vector<unsigned long long> masses(cached.size(), 0xdeadbeef);
     const auto size = static_cast<int>(n);
@@ -108,6 +108,10 @@ TEST_CASE("a block's filters keep what sorting keeps") {
              (!cuts && want.floor == *std::min_element(p.scores.begin(), p.scores.end()))));
       CHECK(got.total == want.total);
       CHECK(got.inside == want.inside);
+      const bool asks = p.request.top_p < 1;
+      CHECK(got.rest.ceiling == (asks ? p.max : -kInfinity));
+      CHECK(got.rest.mass ==
+            (asks ? cuda::kEmulatedThreads * (cuda::kEmulatedThreads - 1ull) / 2 : 0));
     }
   }
 }

@@ -21,6 +21,9 @@ using std::isnan;
 struct Index {
   int x;
 };
+struct float4 {
+  float x, y, z, w;
+};
 inline constexpr int kEmulatedThreads = 256;
 inline thread_local Index threadIdx;
 inline constexpr Index blockDim{kEmulatedThreads};

@@ -1,36 +1,9 @@
 #!/usr/bin/env bash
 # The programs as a user meets them: results on stdout, one clear line for a mistake, exit codes, and
 # nothing lost. usage: engine_run_test.sh TOOLS_DIR MAKE_TINY_MODEL_PROGRAM
-set -uo pipefail
+. "$(dirname "$0")/programs.sh" || exit 1
 tools=$1 make_tiny_model=$2
 
-for name in "${!INFEMERAL_@}"; do [ "$name" = INFEMERAL_ISA ] || unset "$name"; done
-# The programs are the same on every backend; on `auto` one without a GPU says so in a line of its own.
-export INFEMERAL_BACKEND=cpu
-work=$(mktemp -d)
-server=
-trap '[ -z "$server" ] || kill -9 "$server" 2>/dev/null; rm -rf "$work"' EXIT
-cd "$work" || exit 1
-failures=0
-fail() { echo "FAILED: $*"; failures=$((failures + 1)); }
-
-# run CODE COMMAND...: runs it, keeps stdout and stderr in files, checks the exit code.
-run() {
-  local expected=$1 code
-  shift
-  "$@" >out 2>err </dev/null
-  code=$?
-  [ "$code" = "$expected" ] || fail "exit $code instead of $expected: $*: $(cat err)"
-}
-# refused CODE PATTERN COMMAND...: also exactly one line on stderr that matches, nothing on stdout.
-refused() {
-  local code=$1 pattern=$2
-  shift 2
-  run "$code" "$@"
-  [ "$(wc -l <err)" = 1 ] || fail "not one line on stderr: $*: $(cat err)"
-  grep -qE -- "$pattern" err || fail "no '$pattern' in the message of $*: $(cat err)"
-  [ ! -s out ] || fail "output on stdout: $*"
-}
 engine_run() { "$tools/engine_run" "$@"; }
 lines() { if [ -e "$1" ]; then wc -l <"$1"; else echo 0; fi; }
 expect_lines() { [ "$(lines "$1")" = "$2" ] || fail "$1 has $(lines "$1") lines, not $2"; }
@@ -120,6 +93,16 @@ cut=$(head -c 60 prepared/client/subset.json)
 echo "$cut" >counted/client/subset.json
 refused 2 'subset.json.*not valid JSON' engine_run -m counted -p x --head subset
 
+# Folded tables: the same body, and texts that come from tables only its owner may read.
+run 0 "$tools/engine_prep" --model model --output folded --fold-cloak
+[ ! -e folded/client/cloak.safetensors ] || fail "a matrix was stored that nobody needs"
+run 0 engine_run -m folded -p "hello" -n 8 --quiet
+[ -s out ] || fail "no text from folded tables"
+run 0 engine_run -m folded -p "hello" -n 8 --quiet --wire i8 --head full --cloak-noise 0.1
+chmod 644 folded/client/client.safetensors
+refused 2 'chmod 600' engine_run -m folded -p x
+refused 2 'cloak.*excludes' "$tools/engine_prep" --model model --output both --fold-cloak --cloak lazy
+
 run 0 engine_run --version
 grep -q '^engine_run [0-9]' out || fail "--version"
 
@@ -159,6 +142,11 @@ refused 2 'backend' engine_run -m prepared -p x --backend tpu
 refused 2 'GPU memory mode' engine_run -m prepared -p x --gpu-memory some
 refused 2 'cloak-noise' engine_run -m prepared -p x --cloak-noise 2
 refused 2 'max-tokens' engine_run -m prepared -p x -n many
+refused 2 'temperature is -1' engine_run -m prepared -f prompts.txt --temp -1
+refused 2 'top_p is 2' engine_run -m prepared -f prompts.txt --top-p 2
+refused 2 '--max-tokens' engine_run -m prepared -f prompts.txt -n 0
+refused 2 '--stop' engine_run -m prepared -p x --stop ""
+refused 2 'is a folder' engine_run -m prepared -p x --report .
 refused 2 '--no-such-flag' engine_run -m prepared -p x --no-such-flag
 refused 2 'missing.txt' engine_run -m prepared -f missing.txt
 refused 2 'results.jsonl' engine_run -m prepared -p x -o results.jsonl
@@ -172,6 +160,15 @@ grep -q stdout err || fail "a full disk under stdout is not reported: $(cat err)
 run 2 "$tools/engine_run" -m prepared -p x -n 2 -o /dev/full --overwrite
 grep -q '/dev/full' err || fail "a full disk under the output is not reported: $(cat err)"
 [ "$(id -u)" = 0 ] || { mkdir ro && chmod 500 ro && refused 2 'ro/' engine_run -m prepared -p x -o ro/a; }
+
+mkdir alone && cp -r prepared/client alone/client
+refused 2 'alone/body is not a body folder.*--server HOST:PORT' engine_run -m alone -p x
+for model in prepared prepared/body; do
+  refused 2 'give the model that this was made from' "$tools/engine_prep" --model "$model" --output unmade
+done
+refused 2 "nowhere holds no config.json; give a model's folder" "$tools/engine_prep" --model nowhere --output unmade
+run 0 engine_run -m prepared --server-key unused.pub -p hello -n 2
+grep -q '^warning: --server-key is not used' err || fail "no word about a key without a server: $(cat err)"
 
 chmod 644 prepared/client/cloak.key
 refused 2 'cloak.key' engine_run -m prepared -p x
@@ -190,13 +187,9 @@ refused 3 'cloak' engine_run -m damaged -p x
 
 # --- the server -----------------------------------------------------------------------------------
 for name in server client stranger; do run 0 "$tools/engine_keygen" --output "$name.key"; done
-start_server() {
-  "$tools/engine_serve" --model prepared/body --listen 127.0.0.1:0 --identity server.key \
-    --allow client.key.pub >server.log 2>&1 </dev/null &
-  server=$!
-  for _ in $(seq 200); do grep -q '^listening' server.log && break; sleep 0.05; done
-  address=$(sed -n 's/^listening on \([^,]*\),.*/\1/p' server.log)
-  [ -n "$address" ] || fail "engine_serve does not start: $(cat server.log)"
+start_server() {  # [ADDRESS]
+  start_serving "$tools/engine_serve" --model prepared/body --listen "${1:-127.0.0.1:0}" \
+    --identity server.key --allow client.key.pub
 }
 start_server
 remote=(-m prepared --server "$address" --server-key server.key.pub --identity client.key)
@@ -204,6 +197,8 @@ run 0 engine_run -m prepared -p "hello" -n 8 --quiet
 cp out first
 run 0 engine_run "${remote[@]}" -p "hello" -n 8 --quiet
 cmp -s out first || fail "the remote body gives another text than the local one"
+run 0 engine_run "${remote[@]}" -p "hello" -n 8 --quiet --pad
+cmp -s out first || fail "padded messages give another text"
 refused 2 'server-key' engine_run -m prepared --server "$address" -p x
 refused 2 'identity' engine_run -m prepared --server "$address" --server-key server.key.pub -p x
 refused 3 'key|allow|client' engine_run -m prepared --server "$address" \
@@ -219,6 +214,12 @@ cp results.jsonl kept.jsonl
 refused 3 '127.0.0.1:1' engine_run -m prepared --server 127.0.0.1:1 --server-key server.key.pub \
   --identity client.key -p x -o results.jsonl --overwrite
 cmp -s results.jsonl kept.jsonl || fail "old results were lost where no server was reached"
+refused 2 'give HOST:PORT alone' engine_run -m prepared --server "http://$address" --server-key server.key.pub \
+  --identity client.key -p x
+serve=("$tools/engine_serve" --listen 127.0.0.1:0 --identity server.key --allow client.key.pub --model)
+refused 2 'not a body folder.*use prepared/body' "${serve[@]}" prepared
+refused 2 'is a client folder' "${serve[@]}" prepared/client
+refused 2 'use the body folder that engine_prep wrote' "${serve[@]}" nowhere
 refused 2 'host:port' engine_run -m prepared --server nonsense --server-key server.key.pub \
   --identity client.key -p x
 chmod 644 client.key
@@ -229,7 +230,7 @@ refused 2 'no/such' engine_run -m prepared -p x --report no/such/dir/report.json
 
 # The server dies in the middle of a batch: what is done stays, and the exit code says why.
 for i in $(seq 2000); do echo "prompt number $i"; done >many.txt
-engine_run "${remote[@]}" -f many.txt -n 64 --ignore-eos -o many.jsonl >out 2>err </dev/null &
+engine_run "${remote[@]}" -f many.txt -n 64 --ignore-eos --retry 2 -o many.jsonl >out 2>err </dev/null &
 client=$!
 for _ in $(seq 200); do [ "$(lines many.jsonl)" -ge 3 ] && break; sleep 0.05; done
 { kill -9 "$server"; wait "$server"; } 2>/dev/null
@@ -238,10 +239,100 @@ code=$?
 server=
 [ "$code" = 3 ] || fail "exit $code instead of 3 after the server died: $(cat err)"
 grep -q 'prompts are done' err || fail "no word about what was done: $(cat err)"
+grep -q 'gave up after 2 attempts' err || fail "no word about the attempts: $(cat err)"
 done_lines=$(wc -l <many.jsonl)
 [ "$done_lines" -ge 3 ] || fail "results were lost when the server died"
 python3 -c 'import json, sys; [json.loads(line)["text"] for line in open("many.jsonl")]' ||
   fail "a result line is damaged"
+
+# The server dies and comes back: nobody sees it in the results. Then the client is killed, in the
+# middle of a line, and goes on where it was.
+head -n 60 many.txt >sixty.txt
+batch=(-f sixty.txt -n 48 --ignore-eos --temp 1)
+run 0 engine_run -m prepared "${batch[@]}" -o unbroken.jsonl --quiet
+same_texts() {
+  python3 - "$1" <<'PY' || fail "$1 does not hold the texts of an unbroken run"
+import json, sys
+def texts(file): return sorted((line["index"], line["text"]) for line in map(json.loads, open(file)))
+assert texts("unbroken.jsonl") == texts(sys.argv[1])
+PY
+}
+start_server
+remote=(-m prepared --server "$address" --server-key server.key.pub --identity client.key)
+"$tools/engine_run" "${remote[@]}" "${batch[@]}" -o mended.jsonl --report mended_report.json >out 2>err </dev/null &
+client=$!
+for _ in 1 2 3; do
+  before=$(lines mended.jsonl)
+  for _ in $(seq 200); do [ "$(lines mended.jsonl)" -gt "$before" ] && break; sleep 0.02; done
+  { kill -9 "$server"; wait "$server"; } 2>/dev/null
+  start_server "$address"
+done
+wait "$client" || fail "a run does not survive its server: $(cat err)"
+same_texts mended.jsonl
+[ "$(grep -c 'connected again after' err)" = "$(grep -c . err)" ] ||
+  [ "$(grep -c 'connect' err)" = "$(grep -c . err)" ] || fail "other lines than about connecting: $(cat err)"
+python3 - <<'PY' || fail "the report does not count the reconnects"
+import json
+report = json.load(open("mended_report.json"))
+assert 1 <= report["wire"]["reconnects"] <= 3, report["wire"]
+assert report["tokens"]["replayed"] > 0 and report["requests"]["failed"] == 0
+PY
+
+"$tools/engine_run" "${remote[@]}" "${batch[@]}" -o part.jsonl >out 2>err </dev/null &
+client=$!
+for _ in $(seq 200); do [ "$(lines part.jsonl)" -ge 5 ] && break; sleep 0.02; done
+refused 2 'another run' engine_run "${remote[@]}" "${batch[@]}" -o part.jsonl --continue --quiet
+{ kill -9 "$client"; wait "$client"; } 2>/dev/null
+truncate -s -9 part.jsonl
+sed '$d' part.jsonl >whole_lines
+[ "$(lines whole_lines)" -ge 4 ] || fail "the killed run left $(lines whole_lines) lines"
+cp part.jsonl part_before
+refused 2 'part.jsonl exists.*--continue' engine_run "${remote[@]}" "${batch[@]}" -o part.jsonl
+refused 2 'continue.*line 1 is not' engine_run "${remote[@]}" -f many.txt -o results.jsonl --continue --quiet
+refused 2 'output' engine_run "${remote[@]}" "${batch[@]}" --continue
+refused 2 'continue.*overwrite|overwrite.*continue' engine_run "${remote[@]}" "${batch[@]}" \
+  -o part.jsonl --continue --overwrite
+refused 2 'not a file' engine_run "${remote[@]}" "${batch[@]}" -o /dev/null --continue
+cmp -s part.jsonl part_before || fail "a refused run changed the results"
+run 0 engine_run "${remote[@]}" "${batch[@]}" -o part.jsonl --continue
+grep -q "$(lines whole_lines) of 60 prompts have a result" err || fail "no word about what is there: $(cat err)"
+head -n "$(lines whole_lines)" part.jsonl | cmp -s - whole_lines || fail "earlier result lines were changed"
+same_texts part.jsonl
+run 0 engine_run "${remote[@]}" "${batch[@]}" -o parallel.jsonl --parallel 7 --report parallel_report.json
+same_texts parallel.jsonl
+python3 - <<'PY' || fail "the report of a parallel run is not what it should be"
+import json
+report = json.load(open("parallel_report.json"))
+assert report["requests"]["completed"] == 60 and report["wire"]["handshakes"] == 1, report["wire"]
+assert report["tokens"]["output"] == 60 * 48
+assert report["phases"]["decode"]["explained_share"] > 0.5
+PY
+refused 2 'parallel.*output' engine_run "${remote[@]}" "${batch[@]}" --parallel 7
+run 1 engine_run -m prepared -f mixed.jsonl -n 4 -o mixed_parallel.jsonl --parallel 3 --quiet
+expect_lines mixed_parallel.jsonl 7
+# The allow list is read again on SIGHUP.
+stranger=(-m prepared --server "$address" --server-key server.key.pub --identity stranger.key)
+refused 3 'allow list' engine_run "${stranger[@]}" -p x
+cp client.key.pub kept.pub
+cat stranger.key.pub >>client.key.pub
+kill -HUP "$server"
+for _ in $(seq 100); do grep -q 'allow list again; clients: 2' server.log && break; sleep 0.05; done
+run 0 engine_run "${stranger[@]}" -p x -n 2 --quiet
+echo nonsense >client.key.pub
+kill -HUP "$server"
+for _ in $(seq 100); do grep -q 'stays as it was' server.log && break; sleep 0.05; done
+run 0 engine_run "${stranger[@]}" -p x -n 2 --quiet
+mv kept.pub client.key.pub
+kill -HUP "$server"
+for _ in $(seq 100); do grep -q 'allow list again; clients: 1' server.log && break; sleep 0.05; done
+refused 3 'allow list' engine_run "${stranger[@]}" -p x
+cp part.jsonl part_before
+run 0 engine_run "${remote[@]}" "${batch[@]}" -o part.jsonl -c --quiet
+cmp -s part.jsonl part_before || fail "a finished batch was run again"
+run 0 engine_run "${remote[@]}" -f prompts.txt -n 2 -o fresh.jsonl --continue --quiet
+expect_lines fresh.jsonl 3
+kill -TERM "$server"
+wait "$server"
 
 # A signal that means nothing here changes nothing; Ctrl-C ends a run cleanly, and a server too.
 start_server
@@ -258,9 +349,9 @@ wait "$server" || fail "engine_serve does not end cleanly on SIGTERM"
 server=
 
 # Nothing secret was logged anywhere.
-if grep -rqF -e "hello" -e "prompt number" server.log err; then fail "a prompt was logged"; fi
+if grep -rqF -e "hello" -e "prompt number" server.out server.log err; then fail "a prompt was logged"; fi
 secret=$(sed 's/.*://' client.key)
-if grep -qF "$secret" server.log err out; then fail "a secret key was logged"; fi
+if grep -qF -e "$secret" server.out server.log err out; then fail "a secret key was logged"; fi
 
 [ "$failures" = 0 ] && echo "all as it should be"
 exit "$failures"

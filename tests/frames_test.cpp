@@ -318,7 +318,7 @@ TEST_CASE("records that are cut, damaged or against the protocol are refused") {
   }
   // Plaintexts that no sealer makes: no flag at all, an unknown flag, "more" in a short record.
   for (const std::string& plaintext :
-       {std::string(), std::string("\2rest"), std::string("\1rest")}) {
+       {std::string(), std::string("\4rest"), std::string("\1rest")}) {
     SecretBytes<32> key;
     CipherState sender(CipherSuite::kChaChaPoly, key.copy());
     FrameOpener opener(CipherState(CipherSuite::kChaChaPoly, key.copy()));

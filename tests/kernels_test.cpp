@@ -3,20 +3,24 @@
 #include "cpu/simd/kernels.h"
 
 #include <algorithm>
+#include <atomic>
 #include <catch2/catch.hpp>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <random>
+#include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/dispatch.h"
 #include "engine/float16.h"
+#include "tests/test_random.h"
 
 namespace infemeral {
 namespace {
@@ -26,28 +30,24 @@ using simd::Kernels;
 constexpr double kEps = 0x1p-24;  // half a unit in the last place of float32
 const float kNan = std::numeric_limits<float>::quiet_NaN();
 
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
-
-std::vector<float> random_floats(std::size_t n, float scale = 1) {
-  std::normal_distribution<float> normal(0, scale);
-  std::vector<float> x(n);
-  for (float& v : x) v = normal(rng());
-  return x;
+std::size_t bytes_of(Format format) {
+  return format == Format::kF32 ? 4 : format == Format::kI8 ? 1 : 2;
 }
 
 // Weights in a format, at an address that is a multiple of the element size and of nothing larger,
 // and the values that they stand for.
 struct Weights {
-  Weights(Format format, std::size_t n) : values(random_floats(n)) {
-    const std::size_t size = format == Format::kF32 ? 4 : 2;
+  Weights(Format format, std::size_t n) : values(normals(n)) {
+    const std::size_t size = bytes_of(format);
     storage.reset(new std::byte[n * size + size]);
     data = storage.get() + size;
     for (std::size_t i = 0; i < n; ++i) {
       if (format == Format::kF32) {
         std::memcpy(data + 4 * i, &values[i], 4);
+      } else if (format == Format::kI8) {
+        const auto integer = static_cast<std::int8_t>(static_cast<int>(rng()() % 256) - 128);
+        std::memcpy(data + i, &integer, 1);
+        values[i] = integer;
       } else {
         // A few subnormals of binary16 among the rest.
         if (i % 17 == 5) values[i] *= 0x1p-17f;
@@ -63,7 +63,7 @@ struct Weights {
   std::byte* data;
 };
 
-const Format kAllFormats[] = {Format::kF32, Format::kF16, Format::kBF16};
+const Format kAllFormats[] = {Format::kF32, Format::kF16, Format::kBF16, Format::kI8};
 
 std::vector<float> matmul(const Kernels& kernels, Format format, const std::vector<float>& a,
                           const std::byte* w, std::size_t m, std::size_t n, std::size_t k) {
@@ -99,7 +99,7 @@ TEST_CASE("matmul equals float64 sums for every path, format and size") {
       for (std::size_t k : {1, 3, 7, 15, 16, 63, 64, 65, 576, 1023, 1025, 2500, 4096}) {
         const std::size_t m = 1 + rng()() % 14, n = 1 + rng()() % 40;
         CAPTURE(kernels->name, static_cast<int>(format), m, n, k);
-        const std::vector<float> a = random_floats(m * k);
+        const std::vector<float> a = normals(m * k);
         const Weights w(format, n * k);
         const std::vector<float> c = matmul(*kernels, format, a, w.data, m, n, k);
         double worst = 0;
@@ -130,7 +130,7 @@ TEST_CASE("an element's bits do not depend on the rows and columns around it") {
       for (std::size_t k : {5, 64, 576, 1500, 2049}) {
         const std::size_t m = 29, n = 75;
         CAPTURE(kernels->name, static_cast<int>(format), k);
-        const std::vector<float> a = random_floats(m * k);
+        const std::vector<float> a = normals(m * k);
         const Weights w(format, n * k);
         const std::vector<float> prefill = matmul(*kernels, format, a, w.data, m, n, k);
         // m decode steps of one row.
@@ -143,7 +143,7 @@ TEST_CASE("an element's bits do not depend on the rows and columns around it") {
         // Every number of rows up to a few tiles, and columns cut anywhere.
         for (std::size_t rows = 2; rows <= 14; ++rows) {
           const std::size_t first = rng()() % n, count = 1 + rng()() % (n - first);
-          const std::size_t size = format == Format::kF32 ? 4 : 2;
+          const std::size_t size = bytes_of(format);
           const std::vector<float> part(a.begin(),
                                         a.begin() + static_cast<std::ptrdiff_t>(rows * k));
           const std::vector<float> c =
@@ -152,6 +152,37 @@ TEST_CASE("an element's bits do not depend on the rows and columns around it") {
             REQUIRE(same_bits(&c[i * count], &prefill[i * n + first], count));
           }
         }
+        // Rows picked one by one.
+        for (std::size_t count : {1, 2, 7, 8, 9, 23}) {
+          const std::size_t size = bytes_of(format);
+          std::vector<const void*> rows(count);
+          std::vector<float> expected(count), c(count + 1, kNan);
+          for (std::size_t j = 0; j < count; ++j) {
+            const std::size_t row = rng()() % n;
+            rows[j] = w.data + row * k * size;
+            expected[j] = prefill[row];
+          }
+          kernels->matmul_picked[static_cast<std::size_t>(format)](
+              {.a = a.data(), .rows = rows.data(), .c = c.data(), .n = count, .k = k});
+          REQUIRE(same_bits(c.data(), expected.data(), count));
+          REQUIRE(std::isnan(c[count]));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("much of W at once gives the bits that little of it gives") {
+  for (const Kernels* kernels : simd::available_kernels()) {
+    for (Format format : kAllFormats) {
+      const std::size_t n = 301, k = 1777, size = bytes_of(format);
+      CAPTURE(kernels->name, static_cast<int>(format));
+      const std::vector<float> a = normals(k);
+      const Weights w(format, n * k);  // above 1 MiB
+      const std::vector<float> c = matmul(*kernels, format, a, w.data, 1, n, k);
+      for (std::size_t j = 0; j < n; ++j) {
+        const std::vector<float> one = matmul(*kernels, format, a, w.data + j * k * size, 1, 1, k);
+        REQUIRE(same_bits(one.data(), &c[j], 1));
       }
     }
   }
@@ -160,7 +191,7 @@ TEST_CASE("an element's bits do not depend on the rows and columns around it") {
 TEST_CASE("strides leave what lies between the rows alone") {
   for (const Kernels* kernels : simd::available_kernels()) {
     const std::size_t m = 9, n = 21, k = 70, lda = 81, ldw = 93, ldc = 37;
-    const std::vector<float> a = random_floats((m - 1) * lda + k);
+    const std::vector<float> a = normals((m - 1) * lda + k);
     const Weights w(Format::kF16, (n - 1) * ldw + k);
     std::vector<float> c((m - 1) * ldc + n, 7);
     kernels->matmul[1]({.a = a.data(),
@@ -195,9 +226,9 @@ TEST_CASE("accumulate adds A * W to C") {
       for (std::size_t n : {1, 5, 16, 31, 64, 80, 128, 133}) {
         const std::size_t m = 1 + rng()() % 11, k = 1 + rng()() % 300;
         CAPTURE(kernels->name, static_cast<int>(format), m, n, k);
-        const std::vector<float> a = random_floats(m * k);
+        const std::vector<float> a = normals(m * k);
         const Weights w(format, n * k);
-        const std::vector<float> before = random_floats(m * n);
+        const std::vector<float> before = normals(m * n);
         std::vector<float> c = before;
         const auto run = [&](const float* rows, float* out, std::size_t count) {
           kernels->accumulate[static_cast<std::size_t>(format)]({.a = rows,
@@ -236,7 +267,7 @@ TEST_CASE("softmax is exp, to two units in the last place") {
   for (const Kernels* kernels : simd::available_kernels()) {
     for (std::size_t n : {1, 2, 7, 16, 33, 1000, 4097}) {
       CAPTURE(kernels->name, n);
-      const std::vector<float> x = random_floats(n, 20);
+      const std::vector<float> x = normals(n, 20);
       const float scale = 0.125f;
       std::vector<float> e = x;
       const float sum = kernels->softmax(e.data(), n, scale);
@@ -263,7 +294,7 @@ TEST_CASE("swiglu, rms_norm and the float16 conversions equal their definitions"
   for (const Kernels* kernels : simd::available_kernels()) {
     for (std::size_t n : {1, 7, 16, 64, 65, 576, 4096}) {
       CAPTURE(kernels->name, n);
-      const std::vector<float> gate = random_floats(n, 30), up = random_floats(n, 3);
+      const std::vector<float> gate = normals(n, 30), up = normals(n, 3);
       std::vector<float> x = gate;
       kernels->swiglu(x.data(), up.data(), n);
       for (std::size_t i = 0; i < n; ++i) {
@@ -286,7 +317,7 @@ TEST_CASE("swiglu, rms_norm and the float16 conversions equal their definitions"
       }
 
       std::vector<std::uint16_t> halves(n, 0xffff);
-      std::vector<float> wide = random_floats(n, 1e-6f);
+      std::vector<float> wide = normals(n, 1e-6f);
       for (std::size_t i = 0; i < n; i += 3) wide[i] = gate[i] * 1000;
       kernels->to_f16(wide.data(), n, halves.data());
       std::vector<float> back(n, kNan);
@@ -320,7 +351,7 @@ TEST_CASE("NaN comes out as NaN") {
   for (const Kernels* kernels : simd::available_kernels()) {
     CAPTURE(kernels->name);
     for (std::size_t bad : {0, 17, 38}) {
-      std::vector<float> x = random_floats(39);
+      std::vector<float> x = normals(39);
       x[bad] = kNan;
       const std::vector<float> ones(39, 1);
       std::vector<float> e = x;
@@ -338,12 +369,12 @@ TEST_CASE("NaN comes out as NaN") {
 
 TEST_CASE("linear: several products in one loop, with biases, whatever the number of threads") {
   const std::size_t k = 200, m = 5;
-  const std::vector<float> x = random_floats(m * k);
+  const std::vector<float> x = normals(m * k);
   const Weights w0(Format::kF16, 96 * k), w1(Format::kF16, 33 * k), w2(Format::kF16, 400 * k);
   const Matrix matrices[] = {{Format::kF16, w0.data, 96, k},
                              {Format::kF16, w1.data, 33, k},
                              {Format::kF16, w2.data, 400, k}};
-  const std::vector<float> bias = random_floats(33);
+  const std::vector<float> bias = normals(33);
   for (const Kernels* kernels : simd::available_kernels()) {
     std::vector<std::vector<float>> results;
     for (int threads : {1, 2, 3}) {
@@ -383,6 +414,56 @@ TEST_CASE("for_ranges covers every index once, with aligned cuts") {
     }
   }
   CHECK(physical_cores() >= 1);
+}
+
+TEST_CASE("what a loop's body throws reaches the caller, and the pool goes on") {
+  for (const int threads : {1, 3}) {
+    ThreadPool pool(threads);
+    for (int round = 0; round < 50; ++round) {
+      const std::size_t bad = rng()() % 100;
+      std::atomic<std::size_t> done = 0;
+      const auto loop = [&](bool throws) {
+        done = 0;
+        pool.for_ranges(100, 1, 1, [&](const Range& range) {
+          if (throws && range.begin <= bad && bad < range.end) throw std::bad_alloc();
+          done += range.end - range.begin;
+        });
+      };
+      CHECK_THROWS_AS(loop(true), std::bad_alloc);
+      CHECK_NOTHROW(loop(false));
+      CHECK(done == 100);
+    }
+  }
+}
+
+TEST_CASE(
+    "pools of one process, each with its own thread, leave out nothing and do nothing twice") {
+  // Loops long enough for workers to sleep in between, and short enough for them to come late.
+  constexpr int kPools = 3, kLoops = 4000;
+  std::vector<int> wrong(kPools, 0);
+  std::vector<std::thread> owners;
+  for (int owner = 0; owner < kPools; ++owner) {
+    owners.emplace_back([owner, &wrong] {
+      for (int loop = 0; loop < kLoops;) {
+        ThreadPool pool(owner + 1);  // some are the process's only one for a while
+        for (int i = 0; i < 400; ++i, ++loop) {
+          const std::size_t n = static_cast<std::size_t>(loop % 97);
+          std::vector<int> seen(n, 0);
+          std::vector<std::size_t> done(static_cast<std::size_t>(pool.threads()), 0);
+          pool.for_ranges(n, 1, 1, [&](const Range& range) {
+            done[range.worker] += range.end - range.begin;
+            for (std::size_t j = range.begin; j < range.end; ++j) seen[j] += loop + 1;
+          });
+          int& errors = wrong[static_cast<std::size_t>(owner)];
+          for (int value : seen) errors += value != loop + 1;
+          errors += std::accumulate(done.begin(), done.end(), std::size_t{0}) != n;
+          if (loop % 500 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
+        }
+      }
+    });
+  }
+  for (std::thread& owner : owners) owner.join();
+  for (int count : wrong) CHECK(count == 0);
 }
 
 TEST_CASE(

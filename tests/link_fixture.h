@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <catch2/catch.hpp>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <functional>
@@ -25,6 +26,29 @@
 #include "net/client_link.h"
 
 namespace infemeral {
+
+using std::chrono::milliseconds;
+inline constexpr WireDtype kDtypes[] = {WireDtype::kF32, WireDtype::kF16, WireDtype::kI8};
+
+// Waits for what another thread does soon; false after ten seconds.
+inline bool soon(const std::function<bool()>& condition) {
+  for (int i = 0; i < 1000; ++i) {
+    if (condition()) return true;
+    std::this_thread::sleep_for(milliseconds(10));
+  }
+  return false;
+}
+
+inline std::string text_of(const absl::Status& status) {
+  return std::string(status.message());
+}
+
+inline void check_says(const absl::Status& status, absl::StatusCode code,
+                       const std::string& words) {
+  INFO(status);
+  CHECK(status.code() == code);
+  CHECK(text_of(status).find(words) != std::string::npos);
+}
 
 // Row p of a session answers with its state plus the sum of the first elements of rows 0..p: wrong
 // order, a cache that was not cut, or another session's rows change it.

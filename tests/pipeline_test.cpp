@@ -1,11 +1,14 @@
 #include "engine/pipeline.h"
+#include "tests/test_random.h"
 
+#include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <map>
-#include <random>
+#include <numeric>
 #include <thread>
 
 namespace infemeral {
@@ -13,11 +16,6 @@ namespace {
 
 constexpr std::size_t kHidden = 8;
 constexpr std::int32_t kVocab = 101;
-
-std::mt19937& rng() {
-  static std::mt19937 generator{std::random_device{}()};
-  return generator;
-}
 
 std::vector<std::int32_t> random_prompt(std::size_t n) {
   std::vector<std::int32_t> prompt(n);
@@ -64,13 +62,16 @@ class ToyBackend final : public ClientBackend {
   absl::Status next_tokens(std::span<const std::byte> rows, WireDtype dtype,
                            std::span<const SampleRequest> requests, std::span<std::int32_t> tokens,
                            PhaseTimes& times) override {
-    float row[kHidden];
-    if (requests.size() != 1 || rows.size() != wire_row_bytes(dtype, kHidden)) {
+    const std::size_t row_bytes = wire_row_bytes(dtype, kHidden);
+    if (requests.size() != tokens.size() || rows.size() != requests.size() * row_bytes) {
       return absl::InternalError("size");
     }
-    decode_wire_row(dtype, rows.data(), row);
-    tokens[0] = static_cast<std::int32_t>(row[0]);
-    positions.push_back(requests[0].position);
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      float row[kHidden];
+      decode_wire_row(dtype, rows.data() + i * row_bytes, row);
+      tokens[i] = static_cast<std::int32_t>(row[0]);
+      positions.push_back(requests[i].position);
+    }
     times.sample_ms += 1;
     return absl::OkStatus();
   }
@@ -81,7 +82,7 @@ class ToyBackend final : public ClientBackend {
   std::vector<std::uint64_t> positions;
 };
 
-class ToyLink final : public Link {
+class ToyLink : public Link {
  public:
   absl::StatusOr<SessionInfo> open_session(std::stop_token) override {
     ++opened;
@@ -107,7 +108,11 @@ class ToyLink final : public Link {
       decode_wire_row(request.dtype, request.tensor.data() + i * row_bytes, row);
       ids.push_back(static_cast<std::int32_t>(row[0]));
     }
+    std::size_t held = 0;
+    for (const auto& [session, cache] : caches_) held += cache.size();
+    most_held = std::max(most_held, held);
     rows_sent += request.rows;
+    rows_of_steps.push_back(request.rows);
     reply.kv_len = static_cast<std::uint32_t>(ids.size());
     reply.rows = request.wanted == Wanted::kLast ? 1 : 0;
     reply.tensor.assign(reply.rows * row_bytes, std::byte{0xFF});
@@ -130,10 +135,36 @@ class ToyLink final : public Link {
   absl::Status fail_next;
   int opened = 0;
   std::size_t rows_sent = 0;
+  std::size_t most_held = 0;  // positions, over all sessions
+  std::vector<std::uint32_t> rows_of_steps;
 
  private:
   std::uint64_t last_session_ = 0;
   std::map<std::uint64_t, std::vector<std::int32_t>> caches_;
+};
+
+// Counts what is on its way.
+class CountingLink final : public ToyLink {
+ public:
+  absl::Status submit(const StepRequest& request, std::stop_token stop,
+                      PhaseTimes& times) override {
+    const absl::Status status = ToyLink::submit(request, stop, times);
+    if (!status.ok()) return status;
+    out_.push_back(request.tensor.size());
+    const std::size_t bytes = std::accumulate(out_.begin(), out_.end(), std::size_t{0});
+    most_bytes = std::max(most_bytes, bytes);
+    most_steps = std::max(most_steps, out_.size());
+    return status;
+  }
+  absl::Status await(std::stop_token stop, StepReply& reply, PhaseTimes& times) override {
+    out_.pop_front();
+    return ToyLink::await(stop, reply, times);
+  }
+
+  std::size_t most_bytes = 0, most_steps = 0;
+
+ private:
+  std::deque<std::size_t> out_;
 };
 
 struct Toy {
@@ -183,6 +214,74 @@ TEST_CASE("a shared prefix is not sent again") {
   const GenerateResult again = toy.run(prompt, 1);
   CHECK(toy.link.rows_sent == 1);  // its output is what is asked for
   CHECK(again.cached_rows == 29);
+}
+
+TEST_CASE("a long prompt fills the line with as many bytes as it may") {
+  constexpr std::size_t kRowBytes = sizeof(float) * kHidden;
+  constexpr std::size_t kEndless = std::size_t{1} << 30;
+  for (const std::size_t bytes : {std::size_t{0}, 110 * kRowBytes, kEndless}) {
+    ToyBackend backend;
+    CountingLink link;
+    link.context = 3000;
+    link.max_rows = 50;
+    Pipeline pipeline(backend, link, {.wire = WireDtype::kF32, .bytes_in_flight = bytes});
+    const auto prompt = random_prompt(2000);
+    GenerateResult result;
+    REQUIRE(pipeline.generate({.prompt = prompt, .max_tokens = 2}, {}, {}, result).ok());
+    CHECK(result.tokens == expected_tokens(prompt, 2));
+    const bool one_step = bytes == 0;
+    CHECK(link.most_bytes <= (one_step ? 50 * kRowBytes : bytes));
+    // Two of 50 rows, or at the end three of 32.
+    CHECK(link.most_steps == (one_step ? 1u : bytes == kEndless ? Link::kMaxInFlight : 3u));
+  }
+}
+
+TEST_CASE("positions in KV caches are counted over all sessions at once") {
+  for (std::uint32_t sessions : {1u, 3u}) {
+    Toy toy;
+    Pipeline pipeline(toy.backend, toy.link,
+                      {.wire = WireDtype::kF32, .sessions = sessions, .prefill_rows = 5});
+    std::vector<GenerateResult> results(7);
+    std::vector<GenerateJob> jobs(results.size());
+    std::size_t given = 0, done = 0, longest = 0;
+    for (std::size_t i = 0; i < jobs.size(); ++i) {
+      jobs[i].request = {.prompt = random_prompt(20 + rng()() % 20), .max_tokens = 9};
+      jobs[i].result = &results[i];
+      longest = std::max(longest, jobs[i].request.prompt.size() + 9 - 1);
+    }
+    const auto next = [&] { return given < jobs.size() ? &jobs[given++] : nullptr; };
+    const auto ended = [&](GenerateJob& job) {
+      CHECK(job.status.ok());
+      ++done;
+      return true;
+    };
+    REQUIRE(pipeline.generate_all(next, ended, {}).ok());
+    CHECK(done == jobs.size());
+    CHECK(pipeline.peak_kv_positions() == toy.link.most_held);
+    if (sessions == 1) CHECK(pipeline.peak_kv_positions() == longest);
+    if (sessions > 1) CHECK(pipeline.peak_kv_positions() > longest);
+  }
+}
+
+TEST_CASE("a long prompt begins and ends with small steps, a short one is one step") {
+  Toy toy;
+  toy.link.context = 1000;
+  toy.link.max_rows = 200;
+  Pipeline pipeline(toy.backend, toy.link, {.wire = WireDtype::kF32, .prefill_rows = 150});
+  auto steps_for = [&, first_id = 0](std::size_t rows) mutable {
+    toy.link.rows_of_steps.clear();
+    auto prompt = random_prompt(rows);
+    prompt[0] = ++first_id;  // nothing is shared with the last one
+    GenerateResult result;
+    REQUIRE(pipeline.generate({.prompt = prompt, .max_tokens = 1}, {}, {}, result).ok());
+    CHECK(result.tokens == expected_tokens(prompt, 1));
+    CHECK(result.cached_rows == 0);
+    return toy.link.rows_of_steps;
+  };
+  using Steps = std::vector<std::uint32_t>;
+  CHECK(steps_for(150) == Steps{150});
+  CHECK(steps_for(151) == Steps{32, 32, 32, 32, 23});
+  CHECK(steps_for(600) == Steps{32, 64, 128, 128, 64, 64, 32, 32, 32, 24});
 }
 
 TEST_CASE("generation ends at an end token, by the caller, or at the end of the context") {
@@ -257,6 +356,18 @@ TEST_CASE("an answer that does not fit the question is refused") {
     CHECK(absl::IsDataLoss(
         toy.pipeline.generate({.prompt = {1, 2}, .max_tokens = 2}, {}, {}, result)));
   }
+}
+
+TEST_CASE("a session that is open already is used, unless it does not fit") {
+  Toy toy;
+  const SessionInfo session = *toy.link.open_session({});
+  SessionInfo foreign = session;
+  foreign.hidden_size = kHidden + 1;
+  CHECK(absl::IsFailedPrecondition(toy.pipeline.adopt(foreign)));
+  REQUIRE(toy.pipeline.adopt(session).ok());
+  const auto prompt = random_prompt(10);
+  CHECK(toy.run(prompt, 5).tokens == expected_tokens(prompt, 5));
+  CHECK(toy.link.opened == 1);
 }
 
 TEST_CASE("a stop request ends the generation between steps and inside one") {

@@ -9,7 +9,6 @@
 #include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <set>
 
 #include "cpu/narrow.h"
@@ -18,24 +17,13 @@
 #include "engine/float16.h"
 #include "engine/json_file.h"
 #include "engine/text.h"
+#include "tests/test_random.h"
 #include "tests/tiny_model.h"
 
 namespace infemeral {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
-
-std::vector<double> random_doubles(std::size_t n) {
-  std::normal_distribution<double> normal;
-  std::vector<double> values(n);
-  for (double& value : values) value = normal(rng());
-  return values;
-}
 
 std::vector<double> values_of(const TensorView& tensor) {
   std::vector<float> values(tensor.elements());
@@ -208,7 +196,7 @@ TEST_CASE("the rotation inverts the float16 matrix, not the ideal one") {
   const auto rotation = Rotation::make(*cloak);
   REQUIRE(rotation.ok());
   // reads: (w Q^-T) (x Q)^T = w x^T
-  const std::vector<double> w = random_doubles(5 * n), x = random_doubles(n);
+  const std::vector<double> w = normals<double>(5 * n), x = normals<double>(n);
   std::vector<double> folded(w.size(), NAN), rotated(n, NAN);
   rotation->fold_read(5, w, folded);
   rotation->rotate(1, x, rotated);
@@ -221,7 +209,7 @@ TEST_CASE("the rotation inverts the float16 matrix, not the ideal one") {
     CHECK(std::fabs(plain - split) < 1e-11 * norm(w) * norm(x));
   }
   // writes: (Q^T w) a = Q^T (w a)
-  const std::vector<double> write = random_doubles(n * 7), a = random_doubles(7);
+  const std::vector<double> write = normals<double>(n * 7), a = normals<double>(7);
   std::vector<double> folded_write(write.size(), NAN), wa(n, 0), expected(n, NAN), actual(n, 0);
   rotation->fold_write(7, write, folded_write);
   for (std::size_t i = 0; i < n; ++i) {

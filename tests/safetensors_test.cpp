@@ -8,22 +8,17 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
-#include <random>
 
 #include "engine/float16.h"
 #include "engine/json_file.h"
 #include "engine/text.h"
+#include "tests/test_random.h"
 #include "tests/tiny_model.h"
 
 namespace infemeral {
 namespace {
 
 using Shape = std::vector<std::size_t>;
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
 
 // A file image with this header text and data size: exact size on the heap, so that the sanitizer
 // sees an over-read.

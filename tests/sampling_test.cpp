@@ -1,4 +1,5 @@
 #include "engine/sampling.h"
+#include "tests/test_random.h"
 
 #include <algorithm>
 #include <catch2/catch.hpp>
@@ -6,22 +7,9 @@
 #include <limits>
 #include <map>
 #include <numeric>
-#include <random>
 
 namespace infemeral {
 namespace {
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
-
-std::vector<float> random_logits(std::size_t n, float scale = 3) {
-  std::normal_distribution<float> normal(0, scale);
-  std::vector<float> logits(n);
-  for (float& x : logits) x = normal(rng());
-  return logits;
-}
 
 // The stages as Hugging Face describes them, slowly: sort everything, float64 probabilities.
 std::vector<double> reference_distribution(const std::vector<float>& logits,
@@ -79,7 +67,7 @@ TEST_CASE("Philox4x32-10 gives the published vectors") {
 
 TEST_CASE("greedy takes the maximum, the lowest id of equals, never NaN") {
   Sampler sampler;
-  std::vector<float> logits = random_logits(1000);
+  std::vector<float> logits = normals(1000, 3);
   logits[7] = logits[900] = 50;
   logits[3] = std::numeric_limits<float>::quiet_NaN();
   CHECK(sampler.sample(logits, {}) == 7);
@@ -102,7 +90,7 @@ TEST_CASE("what survives the filters, and how often, is what the definition says
   const std::size_t vocab = 200;
   const int draws = 20000;
   for (const Case& c : cases) {
-    const std::vector<float> logits = random_logits(vocab, 2);
+    const std::vector<float> logits = normals(vocab, 2);
     SampleRequest request{.params = c.params, .position = 0, .history = c.history};
     request.params.seed = rng()();
     const std::vector<double> expected = reference_distribution(logits, request);
@@ -126,10 +114,10 @@ TEST_CASE("what survives the filters, and how often, is what the definition says
 
 TEST_CASE("the same seed and position give the same token, whatever else is in the buffers") {
   Sampler warm, fresh;
-  const std::vector<float> logits = random_logits(5000);
+  const std::vector<float> logits = normals(5000, 3);
   SampleRequest request{.params = {.temperature = 1, .top_p = 0.95f, .seed = 42}};
   for (request.position = 0; request.position < 50; ++request.position) {
-    std::vector<float> a = logits, b = logits, noise = random_logits(5000);
+    std::vector<float> a = logits, b = logits, noise = normals(5000, 3);
     warm.sample(noise, request);
     Sampler once;
     CHECK(warm.sample(a, request) == once.sample(b, request));
@@ -140,7 +128,7 @@ TEST_CASE("a tiny temperature is greedy") {
   Sampler sampler;
   for (float temperature : {9e-6f, 1e-30f, 1e-40f}) {
     for (int round = 0; round < 20; ++round) {
-      const std::vector<float> logits = random_logits(500);
+      const std::vector<float> logits = normals(500, 3);
       std::vector<float> a = logits, b = logits;
       SampleRequest request{.params = {.temperature = temperature, .seed = rng()()}};
       CHECK(sampler.sample(a, request) == sampler.sample(b, {}));
@@ -151,7 +139,7 @@ TEST_CASE("a tiny temperature is greedy") {
 TEST_CASE("what is kept does not depend on the order in which candidates come") {
   for (int round = 0; round < 200; ++round) {
     std::vector<Candidate> candidates;
-    for (float score : random_logits(300, 2)) {
+    for (float score : normals(300, 2)) {
       candidates.push_back({score, static_cast<std::int32_t>(candidates.size())});
     }
     SampleRequest request{.params = {.temperature = 1, .top_p = 0.9f}};
@@ -213,6 +201,80 @@ TEST_CASE("parameters outside their range are refused by name") {
   CHECK(message({.top_p = 1.5f}).find("top_p") == 0);
   CHECK(message({.min_p = 2}).find("min_p") == 0);
   CHECK(message({.repetition_penalty = 0}).find("repetition_penalty") == 0);
+}
+
+TEST_CASE("tokens whose noise can be large are found without logarithms") {
+  for (int round = 0; round < 3000; ++round) {
+    const std::uint64_t seed = rng()(), position = rng()() % 1000;
+    const auto first = static_cast<std::uint32_t>(rng()() % 30000 * 4);
+    const std::size_t n = 1 + rng()() % 64;
+    const double least = std::uniform_real_distribution<double>(-4, 8)(rng());
+    const std::uint64_t bits = noise_above(seed, position, first, n, least);
+    for (std::size_t i = 0; i < 64; ++i) {
+      const bool found = (bits >> i & 1) != 0;
+      if (i >= n) {
+        REQUIRE(!found);
+        continue;
+      }
+      const double noise = gumbel_noise(seed, position, first + static_cast<std::uint32_t>(i));
+      if (noise >= least) REQUIRE(found);
+      // A bound -ln(1 - u) of 0.5 and more is at most 0.44 above the noise.
+      if (noise < least - 0.5 && least > 0.5) REQUIRE(!found);
+    }
+  }
+}
+
+TEST_CASE("the token is the one that the definition gives, whatever is looked at on the way") {
+  // The filters by full sorting, and noise for every survivor.
+  const auto slow = [](const std::vector<float>& logits, const SampleRequest& request) {
+    std::vector<float> scores = logits;
+    Scorer scorer;
+    scorer.start(request, scores.size());
+    scorer.score(scores);
+    std::vector<Candidate> all;
+    for (std::size_t i = 0; i < scores.size(); ++i) {
+      if (!std::isnan(scores[i])) all.push_back({scores[i], static_cast<std::int32_t>(i)});
+    }
+    return choose(all, request, {}).value();
+  };
+  const std::vector<SamplingParams> kinds = {{},
+                                             {.temperature = 1},
+                                             {.temperature = 0.2f},
+                                             {.temperature = 5},
+                                             {.temperature = 1, .repetition_penalty = 1.3f},
+                                             {.temperature = 0.7f, .top_k = 50, .top_p = 0.9f},
+                                             {.temperature = 0.7f, .top_k = 3},
+                                             {.temperature = 2, .top_k = 400, .top_p = 0.5f},
+                                             {.temperature = 1, .top_k = 100000},
+                                             {.temperature = 0.7f, .top_p = 0.9f},
+                                             {.temperature = 3, .top_p = 0.999f},
+                                             {.temperature = 1, .min_p = 0.05f},
+                                             {.temperature = 1, .top_k = 20, .min_p = 0.05f},
+                                             {.temperature = 1, .top_p = 0.8f, .min_p = 0.1f}};
+  Sampler sampler;
+  for (int round = 0; round < 2000; ++round) {
+    const std::size_t n = 1 + rng()() % (round % 2 == 0 ? 3000 : 40);
+    std::vector<float> logits = normals(n, round % 3 == 0 ? 0.5f : 4);
+    for (float& x : logits) {
+      if (round % 5 == 0) x = std::round(x);  // ties
+      if (round % 7 == 0) x -= 300000;
+      if (round % 17 == 0) x = 0x1p48f;  // where noise is a few units of rounding
+      if (round % 11 == 0 && rng()() % 50 == 0) x = std::numeric_limits<float>::quiet_NaN();
+      if (round % 13 == 0 && rng()() % 3 == 0) x = -std::numeric_limits<float>::infinity();
+    }
+    logits[rng()() % n] = 1;  // not all NaN
+    std::vector<std::int32_t> history(rng()() % 20);
+    for (std::int32_t& id : history) id = static_cast<std::int32_t>(rng()() % n);
+    for (SamplingParams params : kinds) {
+      // Filters that are just not, or just barely, at work.
+      if (params.top_k > 0 && rng()() % 4 == 0) params.top_k = static_cast<int>(n + rng()() % 2);
+      SampleRequest request{.params = params, .position = rng()() % 1000, .history = history};
+      request.params.seed = rng()();
+      std::vector<float> scratch = logits;
+      CAPTURE(round, n, params.temperature, params.top_k, params.top_p, params.min_p);
+      REQUIRE(sampler.sample(scratch, request) == slow(logits, request));
+    }
+  }
 }
 
 }  // namespace infemeral

@@ -1,11 +1,11 @@
 // The subset head's arithmetic against float64 sums and against the full head's sampler.
 #include "engine/subset_head.h"
+#include "tests/test_random.h"
 
 #include <algorithm>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <limits>
-#include <random>
 #include <set>
 
 namespace infemeral {
@@ -14,30 +14,14 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
-
-std::size_t below(std::size_t n) {
-  return rng()() % n;
-}
-
-std::vector<float> random_scores(std::size_t n, float deviation) {
-  std::normal_distribution<float> normal(0, deviation);
-  std::vector<float> scores(n);
-  for (float& score : scores) score = normal(rng());
-  return scores;
-}
-
 }  // namespace
 
 TEST_CASE("confidence is the likeliest token's share, whatever the order") {
   for (int round = 0; round < 500; ++round) {
-    const std::size_t n = 1 + below(3000);
-    std::vector<float> scores = random_scores(n, 0.1f * static_cast<float>(1 + below(100)));
+    const std::size_t n = 1 + random_index(3000);
+    std::vector<float> scores = normals(n, 0.1f * static_cast<float>(1 + random_index(100)));
     SamplingParams params;
-    if (round % 3 == 1) params.temperature = 0.05f + 0.01f * static_cast<float>(below(300));
+    if (round % 3 == 1) params.temperature = 0.05f + 0.01f * static_cast<float>(random_index(300));
     // Temperatures below 1 are taken out again, those above 1 are not.
     const double flatten = params.greedy() ? 1 : std::min<double>(params.temperature, 1);
     const double max = *std::max_element(scores.begin(), scores.end());
@@ -58,7 +42,7 @@ TEST_CASE("confidence is the likeliest token's share, whatever the order") {
 }
 
 TEST_CASE("temperature: a cold one is no evidence, a hot one is doubt") {
-  const std::vector<float> logits = random_scores(500, 4);
+  const std::vector<float> logits = normals(500, 4);
   const auto at = [&](float temperature) {
     std::vector<float> scores = logits;
     for (float& score : scores) score /= temperature;
@@ -78,10 +62,10 @@ TEST_CASE("a row that is not all numbers is never confident") {
   CHECK(subset_confidence({}, {}) == 0);
   for (float bad : {kNan, kInfinity}) {
     for (std::size_t n : {1, 2, 50}) {
-      std::vector<float> scores = random_scores(n, 1);
+      std::vector<float> scores = normals(n, 1);
       scores[0] = 100;  // else certain
       if (n > 1) CHECK(subset_confidence(scores, {}) > kSubsetConfidence);
-      scores[below(n)] = bad;
+      scores[random_index(n)] = bad;
       CHECK(subset_confidence(scores, {}) == 0);
     }
   }
@@ -91,26 +75,28 @@ TEST_CASE("a row that is not all numbers is never confident") {
 TEST_CASE("an accepted token is the full sampler's where every other token is impossible") {
   std::size_t accepted = 0, refused = 0;
   for (int round = 0; round < 4000; ++round) {
-    const std::size_t vocab = 2 + below(400);
+    const std::size_t vocab = 2 + random_index(400);
     std::set<std::int32_t> chosen;
-    while (chosen.empty() || (chosen.size() < vocab && below(1 + vocab / 8) != 0)) {
-      chosen.insert(static_cast<std::int32_t>(below(vocab)));
+    while (chosen.empty() || (chosen.size() < vocab && random_index(1 + vocab / 8) != 0)) {
+      chosen.insert(static_cast<std::int32_t>(random_index(vocab)));
     }
     const std::vector<std::int32_t> ids(chosen.begin(), chosen.end());
-    std::vector<float> logits = random_scores(vocab, 8);
-    if (below(4) == 0) {  // ties
+    std::vector<float> logits = normals(vocab, 8);
+    if (random_index(4) == 0) {  // ties
       for (float& logit : logits) logit = std::round(logit / 4);
     }
-    std::vector<std::int32_t> history(below(20));
-    for (std::int32_t& id : history) id = static_cast<std::int32_t>(below(vocab));
-    SampleRequest request{.position = below(1000), .history = history};
+    std::vector<std::int32_t> history(random_index(20));
+    for (std::int32_t& id : history) id = static_cast<std::int32_t>(random_index(vocab));
+    SampleRequest request{.position = random_index(1000), .history = history};
     SamplingParams& params = request.params;
     params.seed = rng()();
-    if (below(3) != 0) params.temperature = 0.1f + 0.1f * static_cast<float>(below(20));
-    if (below(3) == 0) params.top_k = static_cast<int>(1 + below(vocab));
-    if (below(3) == 0) params.top_p = 0.05f + 0.1f * static_cast<float>(below(10));
-    if (below(3) == 0) params.min_p = 0.1f * static_cast<float>(below(10));
-    if (below(3) == 0) params.repetition_penalty = 0.5f + 0.1f * static_cast<float>(below(15));
+    if (random_index(3) != 0)
+      params.temperature = 0.1f + 0.1f * static_cast<float>(random_index(20));
+    if (random_index(3) == 0) params.top_k = static_cast<int>(1 + random_index(vocab));
+    if (random_index(3) == 0) params.top_p = 0.05f + 0.1f * static_cast<float>(random_index(10));
+    if (random_index(3) == 0) params.min_p = 0.1f * static_cast<float>(random_index(10));
+    if (random_index(3) == 0)
+      params.repetition_penalty = 0.5f + 0.1f * static_cast<float>(random_index(15));
 
     std::vector<float> subset_logits, masked(vocab, -kInfinity);
     for (std::int32_t id : ids) {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <random>
+#include <type_traits>
+#include <vector>
 
 namespace infemeral {
 
@@ -30,6 +32,13 @@ inline std::size_t random_index(std::size_t n) {
 }
 inline float normal(float scale = 1) {
   return std::normal_distribution<float>(0, scale)(rng());
+}
+template <typename T = float>
+std::vector<T> normals(std::size_t n, std::type_identity_t<T> scale = 1) {
+  std::normal_distribution<T> distribution(0, scale);
+  std::vector<T> values(n);
+  for (T& value : values) value = distribution(rng());
+  return values;
 }
 inline float uniform(float low, float high) {
   return std::uniform_real_distribution<float>(low, high)(rng());

@@ -8,22 +8,13 @@
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
-#include <random>
 #include <set>
 
+#include "tests/test_random.h"
 #include "tests/tiny_model.h"
 
 namespace infemeral {
 namespace {
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
-
-std::size_t below(std::size_t n) {
-  return rng()() % n;
-}
 
 // Two special tokens, <end> 0 and <turn> 1, then the letters a..z from 2 on.
 std::unique_ptr<const Tokenizer> letter_tokenizer() {
@@ -70,11 +61,11 @@ ClientManifest manifest_of(std::size_t vocab_size) {
 
 TEST_CASE("the most frequent tokens, one taken after the other by the obvious rule") {
   for (int round = 0; round < 300; ++round) {
-    const std::size_t vocab = 1 + below(60), size = 1 + below(70);
-    std::vector<std::int32_t> text(below(200)), always(below(8));
+    const std::size_t vocab = 1 + random_index(60), size = 1 + random_index(70);
+    std::vector<std::int32_t> text(random_index(200)), always(random_index(8));
     // Some outside the vocabulary, on both sides; few different ones, so that counts are equal.
     for (auto* ids : {&text, &always}) {
-      for (std::int32_t& id : *ids) id = static_cast<std::int32_t>(below(vocab + 4)) - 2;
+      for (std::int32_t& id : *ids) id = static_cast<std::int32_t>(random_index(vocab + 4)) - 2;
     }
     const auto valid = [&](std::int32_t id) {
       return id >= 0 && id < static_cast<std::int32_t>(vocab);
@@ -129,10 +120,10 @@ TEST_CASE("a subset is read as it was written, and written again over the old on
   const TempFolder temp;
   std::filesystem::create_directories(temp.path());
   for (int round = 0; round < 20; ++round) {
-    const ClientManifest manifest = manifest_of(1 + below(5000));
+    const ClientManifest manifest = manifest_of(1 + random_index(5000));
     std::set<std::int32_t> ids;
-    for (std::size_t i = 0; i <= below(manifest.vocab_size); ++i) {
-      ids.insert(static_cast<std::int32_t>(below(manifest.vocab_size)));
+    for (std::size_t i = 0; i <= random_index(manifest.vocab_size); ++i) {
+      ids.insert(static_cast<std::int32_t>(random_index(manifest.vocab_size)));
     }
     const std::vector<std::int32_t> list(ids.begin(), ids.end());
     REQUIRE(save_token_subset(list, manifest, temp.path()).ok());

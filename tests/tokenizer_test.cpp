@@ -1,4 +1,5 @@
 #include "engine/tokenizer.h"
+#include "tests/test_random.h"
 
 #include <catch2/catch.hpp>
 #include <chrono>
@@ -15,11 +16,6 @@ namespace {
 
 using Json = nlohmann::json;
 using Ids = std::vector<std::int32_t>;
-
-std::mt19937_64& rng() {
-  static std::mt19937_64 generator{std::random_device{}()};
-  return generator;
-}
 
 Json added(const std::string& content, int id, bool special = true) {
   return {{"id", id}, {"content", content}, {"special", special}, {"normalized", false}};

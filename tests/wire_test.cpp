@@ -4,21 +4,13 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <vector>
 
 #include "engine/float16.h"
+#include "tests/test_random.h"
 
 namespace infemeral {
 namespace {
-
-std::vector<float> random_row(std::size_t cols, float scale) {
-  static std::mt19937_64 rng{std::random_device{}()};
-  std::normal_distribution<float> normal(0, scale);
-  std::vector<float> row(cols);
-  for (float& x : row) x = normal(rng);
-  return row;
-}
 
 // Encodes into a buffer of exact size (so that a sanitizer sees an overrun) and decodes again.
 std::vector<float> round_trip(WireDtype dtype, const std::vector<float>& row) {
@@ -45,9 +37,8 @@ TEST_CASE("every binary16 value survives the way to float32 and back") {
 
 #ifdef __FLT16_MANT_DIG__
 TEST_CASE("float16 rounding equals the compiler's own") {
-  std::mt19937 rng{std::random_device{}()};
   for (int i = 0; i < 2'000'000; ++i) {
-    const float value = std::bit_cast<float>(static_cast<std::uint32_t>(rng()));
+    const float value = std::bit_cast<float>(static_cast<std::uint32_t>(rng()()));
     if (std::isnan(value)) continue;
     const auto expected = std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
     if (f32_to_f16(value) != expected) {
@@ -70,7 +61,7 @@ TEST_CASE("bfloat16 rounds to nearest even and keeps NaN") {
 TEST_CASE("wire rows have the documented size and error") {
   for (std::size_t cols : {1, 2, 63, 64, 65, 127, 576, 4096}) {
     for (float scale : {1e-6f, 1.0f, 3e3f}) {
-      const std::vector<float> row = random_row(cols, scale);
+      const std::vector<float> row = normals(cols, scale);
       CHECK(wire_row_bytes(WireDtype::kI8, cols) == 2 * ((cols + 63) / 64) + cols);
       CHECK(round_trip(WireDtype::kF32, row) == row);
 
@@ -86,6 +77,51 @@ TEST_CASE("wire rows have the documented size and error") {
         // Half a step, plus what rounding the scale to binary16 (or its subnormal step) can add.
         CHECK(std::fabs(i8[j] - row[j]) <= max / 127 * 0.5f + max * 0x1p-10f + 127 * 0x1p-24f);
       }
+    }
+  }
+}
+
+TEST_CASE("rows of any bits are converted like their single values") {
+  const std::uint64_t seed = reseed();
+  CAPTURE(seed);
+  const auto same = [](float a, float b) {
+    return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b) ||
+           (std::isnan(a) && std::isnan(b));
+  };
+  for (int round = 0; round < 2000; ++round) {
+    std::vector<float> row(1 + random_index(200));
+    // All bits, or exponents that are neither clamped nor 0.
+    const bool any = round % 2 == 0;
+    for (float& x : row) {
+      const auto bits = static_cast<std::uint32_t>(rng()());
+      x = std::bit_cast<float>(any ? bits : (bits & 0x87ffffffu) + 0x34000000u);
+    }
+    std::vector<std::byte> f16(wire_row_bytes(WireDtype::kF16, row.size()));
+    encode_wire_row(WireDtype::kF16, row, f16.data());
+    std::vector<float> back(row.size());
+    decode_wire_row(WireDtype::kF16, f16.data(), back);
+    std::vector<std::byte> i8(wire_row_bytes(WireDtype::kI8, row.size()));
+    encode_wire_row(WireDtype::kI8, row, i8.data());
+    const std::size_t scales = 2 * ((row.size() + 63) / 64);
+    for (std::size_t j = 0; j < row.size(); ++j) {
+      CAPTURE(j, row[j]);
+      std::uint16_t half = 0;
+      std::memcpy(&half, f16.data() + 2 * j, 2);
+      const float clamped = row[j] > 65504 ? 65504 : row[j] < -65504 ? -65504 : row[j];
+      REQUIRE(same(f16_to_f32(half), f16_to_f32(f32_to_f16(clamped))));
+      REQUIRE(same(back[j], f16_to_f32(half)));
+
+      float max = 0;
+      for (std::size_t i = j / 64 * 64; i < std::min(row.size(), j / 64 * 64 + 64); ++i) {
+        if (std::fabs(row[i]) > max) max = std::fabs(row[i]);
+      }
+      std::memcpy(&half, i8.data() + 2 * (j / 64), 2);
+      REQUIRE(half == f32_to_f16(std::min(max / 127.0f, 65504.0f)));
+      const float scale = f16_to_f32(half);
+      float scaled = row[j] * (scale > 0 ? 1.0f / scale : 0.0f);
+      if (std::isnan(scaled)) scaled = 0;
+      scaled = std::min(std::max(scaled, -127.0f), 127.0f);
+      REQUIRE(static_cast<std::int8_t>(i8[scales + j]) == std::nearbyint(scaled));
     }
   }
 }

@@ -6,6 +6,10 @@
 //   write PAYLOAD                    -> a handshake message, later a transport message
 //   read MESSAGE                     -> its payload
 //   hash                             -> the handshake hash
+//   records BYTES                    from here on the transport carries frames, and this end's keys
+//                                    are replaced after so many bytes -> ok
+//   seal FRAME                       -> its records
+//   open RECORDS                     -> the frame that they complete
 //   anything that fails              -> error CODE
 #include <sodium.h>
 
@@ -22,6 +26,8 @@
 
 namespace infemeral {
 namespace {
+
+constexpr std::size_t kMaxFrame = 1 << 20;
 
 std::string to_hex(const std::string& bytes) {
   if (bytes.empty()) return "-";
@@ -50,6 +56,11 @@ class Driver {
       return std::string(transport_->handshake_hash.begin(), transport_->handshake_hash.end());
     }
     words >> argument;
+    if (command == "records") {
+      sealer_.emplace(std::move(transport_->send), RekeyLimits{.bytes = std::stoull(argument)});
+      opener_.emplace(std::move(transport_->receive));
+      return std::string();
+    }
     const std::string in = from_hex(argument);
     std::string out;
     absl::Status status;
@@ -59,6 +70,17 @@ class Driver {
     } else if (command == "read") {
       status = transport_ ? transport_->receive.decrypt({}, bytes_of(in), out)
                           : handshake_->read_message(bytes_of(in), out);
+    } else if (command == "seal") {
+      std::string data;
+      for (std::span<const std::byte> rest = bytes_of(in); status.ok() && !rest.empty();) {
+        status = sealer_->seal(rest, data);
+        out += data;
+      }
+    } else if (command == "open") {
+      std::vector<std::string> frames;
+      status = opener_->open(bytes_of(in), kMaxFrame, frames);
+      if (status.ok() && frames.size() != 1) status = absl::InternalError("not one frame");
+      if (status.ok()) out = frames.front();
     } else {
       status = absl::InvalidArgumentError("unknown command");
     }
@@ -96,6 +118,8 @@ class Driver {
 
   std::optional<NoiseHandshake> handshake_;
   std::optional<NoiseTransport> transport_;
+  std::optional<FrameSealer> sealer_;
+  std::optional<FrameOpener> opener_;
 };
 
 }  // namespace

@@ -1,0 +1,238 @@
+"""The program: tokens through engine_run, limits, health, messages, exit codes and its end."""
+
+import signal
+import time
+
+import grpc
+import numpy as np
+from client import Ended, Refused, Stream
+from fixture import close_to, soon
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+FLAGS = ("--max-sessions", "3", "--max-sessions-per-client", "2", "--max-context", "200")
+CLIENTS = ("client", "other")
+EXHAUSTED = 8
+SERVICE = "infemeral.v1.SplitInference"
+
+
+def refused(call, *arguments):
+    try:
+        call(*arguments)
+    except Refused as error:
+        assert error.code == EXHAUSTED, (error.code, error.message)
+        return
+    raise AssertionError("not refused")
+
+
+def prompt(fixture):
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz .,"))
+    return "".join(fixture.random.choice(letters, size=int(fixture.random.integers(1, 120))))
+
+
+def tokens(fixture, server, text, wire="f32"):
+    result = fixture.tool(
+        "engine_run", "-m", "prepared", "--backend", "cpu", "--quiet", "--wire", wire, "--server",
+        server.address, "--server-key", "server.key.pub", "--identity", "client.key",
+        "--temp", "0", "-n", "60", "-p", text)
+    return result.stdout
+
+
+def case_engine_run_gets_the_tokens_of_engine_serve(fixture, server):
+    with fixture.reference() as reference:
+        for wire in ("f32", "f32", "f16"):
+            text = prompt(fixture)
+            theirs = tokens(fixture, reference, text, wire)
+            assert theirs and tokens(fixture, server, text, wire) == theirs, text
+
+
+def case_engine_run_says_what_does_not_fit(fixture, server):
+    arguments = ["-m", "prepared", "--backend", "cpu", "--quiet", "-p", "x", "--server",
+                 server.address]
+    for key, identity, code, word in (("client.key.pub", "client.key", 3, "server key"),
+                                      ("server.key.pub", "stranger.key", 3, "allow list")):
+        result = fixture.tool("engine_run", *arguments, "--server-key", key, "--identity",
+                              identity, check=False)
+        assert result.returncode == code and word.encode() in result.stderr, result
+    fixture.tool("engine_prep", "--quiet", "--model", "model", "--output", "another")
+    result = fixture.tool("engine_run", "-m", "another", *arguments[2:], "--server-key",
+                          "server.key.pub", "--identity", "client.key", check=False)
+    assert result.returncode == 3 and b"cloak" in result.stderr, result
+
+
+def case_sessions_of_one_client_and_of_all(fixture, server):
+    first, second = fixture.client(server), fixture.client(server)
+    third = fixture.client(server, "other")
+    a, b = first.open(), second.open()
+    assert a.max_context == 200
+    refused(first.open)
+    refused(second.open)
+    third.open()
+    refused(third.open)
+    first.step(a.session, 0, fixture.rows(2))
+    # A closed session's place is free again, if only a moment after the answer to its last step.
+    first.send(first.frame(close={"session": a.session}))
+    assert soon(lambda: opened(first))
+    # So are those of a connection that ended.
+    second.close()
+    assert soon(lambda: opened(third))
+    first.close()
+    third.close()
+
+
+def opened(client):
+    """A session's number; 0 when there is none left."""
+    try:
+        return client.open().session
+    except Refused:
+        return 0
+
+
+def fits(client, session, rows):
+    try:
+        client.step(session, 0, rows)
+        return True
+    except Refused as error:
+        assert error.code == EXHAUSTED, error.message
+        return False
+
+
+def case_clients_that_leave_in_the_middle(fixture, server):
+    """Their sessions come back, also while steps of theirs wait or run."""
+    for _ in range(5):
+        client = fixture.client(server)
+        sessions = set()
+        assert soon(lambda: sessions.add(opened(client)) or len(sessions - {0}) == 2)
+        for session in sessions - {0}:
+            for _ in range(7):
+                client.send(client.step_frame(session, 0, fixture.rows(150)))
+        client.receive()  # the first is done, the others wait
+        client.close()
+    last = fixture.client(server)
+    assert soon(lambda: opened(last))
+    last.close()
+
+
+def case_memory_for_the_caches(fixture, server):
+    with fixture.server("--max-kv-mib", "1") as small:
+        client = fixture.client(small)
+        rows, kept, sessions = fixture.rows(fixture.max_context), [], []
+        while True:
+            sessions.append(client.open().session)
+            try:
+                kept.append(client.step(sessions[-1], 0, rows))
+            except Refused as error:
+                assert error.code == EXHAUSTED, error.message
+                break
+            assert len(sessions) < 64, "64 sessions fit 1 MiB"
+        assert len(sessions) > 1
+        # Those who are in keep what they have, and go on within it.
+        close_to(client.step(sessions[0], 250, rows[250:]), kept[0][250:])
+        client.send(client.frame(close={"session": sessions[0]}))
+        # A server may answer a step a moment before it lets go of the step's session.
+        assert soon(lambda: fits(client, sessions[-1], rows))
+        close_to(client.step(sessions[-1], 0, rows), kept[0])
+        client.close()
+
+
+def case_health_and_reflection(fixture, server):
+    with grpc.insecure_channel(server.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = health.Check(health_pb2.HealthCheckRequest(), timeout=20)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING, answer
+        # ServerReflectionRequest.list_services is field 7, a string; the service's name stands
+        # in the answer as it is.
+        call = channel.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        answer = next(call(iter([b"\x3a\x00"]), timeout=20))
+        assert SERVICE.encode() in answer, answer
+
+
+def case_bytes_that_are_no_message(fixture, server):
+    stream = Stream(server.address)
+    stream.write(b"\xff\xff\xff\xff")
+    stream.ending()  # of whichever status: the server goes on
+    client = fixture.client(server)
+    client.step(client.open().session, 0, fixture.rows(1))
+    client.close()
+
+
+def case_mistakes_on_the_command_line(fixture, server):
+    def fails(word, *command):
+        result = fixture.run(*command, check=False)
+        lines = result.stderr.decode().splitlines()
+        assert result.returncode == 2 and len(lines) == 1 and word in lines[0], result
+        assert not result.stdout
+
+    good = fixture.command()
+    replaced = {flag: good.index(flag) + 1 for flag in ("--model", "--identity", "--allow")}
+
+    def with_value(flag, value):
+        command = list(good)
+        command[replaced[flag]] = str(value)
+        return command
+
+    fails("public key", *with_value("--identity", fixture.folder / "server.key.pub"))
+    fails("cannot open", *with_value("--identity", fixture.folder / "missing"))
+    fails("secret key", *with_value("--allow", fixture.folder / "client.key"))
+    fails("missing", *with_value("--model", fixture.folder / "missing"))
+    fails("positions", *good, "--max-context", "257")
+    fails("--max-sessions", *good, "--max-sessions", "0")
+    fails("cannot listen", *fixture.command(listen=server.address))
+    open_key = fixture.folder / "open.key"
+    open_key.write_text((fixture.folder / "server.key").read_text())
+    open_key.chmod(0o644)
+    fails("chmod 600", *with_value("--identity", open_key))
+
+
+def knows(fixture, server, name):
+    try:
+        client = fixture.client(server, name)
+        client.open()
+        client.close()
+        return True
+    except Ended as end:
+        assert end.code == grpc.StatusCode.PERMISSION_DENIED, end
+        return False
+
+
+def case_the_allow_list_is_read_again(fixture, server):
+    keys = {name: (fixture.folder / f"{name}.key.pub").read_text() for name in CLIENTS}
+    listed = fixture.folder / "listed.pub"
+
+    def admit(text, answer):
+        before = own.log.read_text().count(answer)
+        listed.write_text(text)
+        own.process.send_signal(signal.SIGHUP)
+        assert soon(lambda: own.log.read_text().count(answer) > before), own.log.read_text()
+
+    listed.write_text(keys["client"])
+    with fixture.server("--allow", str(listed), clients=()) as own:
+        stays = fixture.client(own)
+        session = stays.open().session
+        assert not knows(fixture, own, "other")
+        admit(keys["other"], "clients: 1")
+        assert knows(fixture, own, "other") and not knows(fixture, own, "client")
+        stays.step(session, 0, fixture.rows(3))  # who is in goes on
+        admit("# nobody", "stays as it was")
+        assert knows(fixture, own, "other") and not knows(fixture, own, "client")
+        admit("".join(keys.values()), "clients: 2")
+        assert knows(fixture, own, "other") and knows(fixture, own, "client")
+        stays.close()
+
+
+def case_the_end(fixture, server):
+    with fixture.server() as ending:
+        client = fixture.client(ending)
+        client.step(client.open().session, 0, fixture.rows(1))
+        ending.process.terminate()
+        start = time.monotonic()
+        try:
+            client.receive()
+            raise AssertionError("an answer that nobody asked for")
+        except Ended as end:
+            assert end.code == grpc.StatusCode.UNAVAILABLE, end
+        # An idle stream ends at once; only pending answers have the 10 seconds.
+        assert time.monotonic() - start < 8
+        client.close()
+        assert ending.process.wait(timeout=60) == 0
+        assert ending.process.stdout.read() == ""
