@@ -12,11 +12,11 @@ install(EXPORT infemeralTargets NAMESPACE infemeral:: DESTINATION ${package_dir}
 set(public_headers
   engine/backend.h engine/body.h engine/certified_bound.h engine/certified_head.h engine/chat_template.h engine/client_folder.h engine/cloak.h engine/cloak_noise.h
   engine/fingerprint.h engine/float16.h engine/generation_config.h engine/link.h engine/log.h
-  engine/metrics.h engine/model_config.h engine/pipeline.h engine/report.h engine/safetensors.h
+  engine/metrics.h engine/model_config.h engine/pipeline.h engine/report.h engine/retry.h engine/safetensors.h
   engine/sampling.h engine/subset_head.h engine/text_generation.h engine/token_subset.h
   engine/tokenizer.h engine/version.h engine/wire.h
   cpu/body.h cpu/client_backend.h cpu/prepare.h
-  net/body_server.h net/client_link.h net/identity.h net/noise.h net/secret.h)
+  net/aes_gcm.h net/body_server.h net/client_link.h net/identity.h net/noise.h net/secret.h net/tls.h)
 if(INFEMERAL_CUDA)
   list(APPEND public_headers kernels/client_backend.h)
 endif()
