@@ -1,8 +1,10 @@
-// ThreadSanitizer does not see the locks of Debian's gRPC: absl::Mutex is built without it and
-// sleeps in futex calls. These functions stand in front of absl's own, by their names in the shared
-// library, and tell ThreadSanitizer what happens; so the hand-overs inside gRPC order our callbacks
-// as they do in truth, and a race of ours between two callbacks is still found.
+// ThreadSanitizer does not see how Debian's gRPC hands work from thread to thread: absl::Mutex is
+// built without it and sleeps in futex calls, and the queues between a call and its callbacks are
+// lock-free. These functions stand in front of the libraries' own, by their names there, and tell
+// ThreadSanitizer what happens; so the hand-overs inside gRPC order our callbacks as they do in
+// truth, and a race of ours between two callbacks is still found.
 #include <dlfcn.h>
+#include <grpc/grpc.h>
 #include <sanitizer/tsan_interface.h>
 
 #include "absl/synchronization/mutex.h"
@@ -75,6 +77,23 @@ bool shim_wait_deadline(absl::CondVar* condition, absl::Mutex* mutex, absl::Time
   const bool timed_out = original(condition, mutex, deadline);
   __tsan_acquire(mutex);
   return timed_out;
+}
+
+// An operation's callback runs after what the thread that began the operation did before. Its last
+// step in gRPC before the callback is to give up the operation's hold on the call.
+grpc_call_error grpc_call_start_batch(grpc_call* call, const grpc_op* ops, size_t n, void* tag,
+                                      void* reserved) {
+  static auto* const original =
+      next<grpc_call_error(grpc_call*, const grpc_op*, size_t, void*, void*)>(
+          "grpc_call_start_batch");
+  __tsan_release(call);
+  return original(call, ops, n, tag, reserved);
+}
+
+void grpc_call_unref(grpc_call* call) {
+  static auto* const original = next<void(grpc_call*)>("grpc_call_unref");
+  __tsan_acquire(call);  // before: it may be the last hold
+  original(call);
 }
 
 }  // extern "C"
