@@ -30,6 +30,12 @@ def start(device_type: str) -> None:
                             timeout=timedelta(days=365))
 
 
+def end(model: TorchModel) -> None:
+    # NCCL waits for every graph that has captured one of its operations.
+    model.drop_graphs()
+    dist.destroy_process_group()
+
+
 def smallest(value: int, device: torch.device) -> int:
     """Of all ranks."""
     if world_size() == 1:
@@ -68,7 +74,7 @@ class RankZero:
     def stop(self) -> None:
         if not self._alone:
             self._send(STOP, (0, 0), torch.empty(0, dtype=torch.int64))
-            dist.destroy_process_group()
+            end(self._model)
 
 
 def follow(model: TorchModel) -> None:
@@ -81,7 +87,7 @@ def follow(model: TorchModel) -> None:
         dist.broadcast(header, 0)
         kind, b, t, count = header.tolist()
         if kind == STOP:
-            dist.destroy_process_group()
+            end(model)
             return
         integers = torch.empty(count, dtype=torch.int64, device=model.device)
         dist.broadcast(integers, 0)

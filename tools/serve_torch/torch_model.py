@@ -263,6 +263,9 @@ class TorchModel:
                 graph.capture(pool)
                 self._graphs[batch, width] = graph
 
+    def drop_graphs(self) -> None:
+        self._graphs.clear()
+
 
 class DecodeGraph:
     """One row for each of a batch of sessions, as a CUDA graph of fixed shapes."""
