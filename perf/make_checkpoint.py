@@ -20,6 +20,7 @@ import struct
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -80,7 +81,8 @@ def split_into_shards(tensors: list, element_size: int, limit: int) -> list[list
     return shards
 
 
-def write_shard(path: Path, tensors: list, dtype_name: str, generator: torch.Generator) -> None:
+def write_shard(path: Path, tensors: list, dtype_name: str, generator: torch.Generator,
+                before_piece: Callable[[], None] = lambda: None) -> None:
     """A safetensors file: the header's length, the header as JSON, the tensors without gaps."""
     dtype, format_name, element_size = DTYPES[dtype_name]
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -98,6 +100,7 @@ def write_shard(path: Path, tensors: list, dtype_name: str, generator: torch.Gen
             while left > 0:
                 n = min(left, PIECE)
                 left -= n
+                before_piece()
                 values = torch.randn(n, generator=generator, device=generator.device)
                 values = values.mul_(std).add_(mean).to(dtype)
                 # numpy has no bfloat16, and bytes are what is wanted.
