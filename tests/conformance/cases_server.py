@@ -1,7 +1,11 @@
 """The program: tokens through engine_run, limits, health, messages, exit codes and its end."""
 
+import os
+import shutil
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -218,6 +222,81 @@ def case_the_allow_list_is_read_again(fixture, server):
         admit("".join(keys.values()), "clients: 2")
         assert knows(fixture, own, "other") and knows(fixture, own, "client")
         stays.close()
+
+
+class Loading:
+    """A server that loads until load_the_rest(): a file of its body is a pipe."""
+
+    def __init__(self, fixture, *flags, clients=CLIENTS):
+        body = fixture.folder / "slow_body"
+        shutil.rmtree(body, ignore_errors=True)
+        shutil.copytree(fixture.folder / "prepared/body", body)
+        self._manifest = body / "infemeral.json"
+        self._text = self._manifest.read_bytes()
+        self._manifest.unlink()
+        os.mkfifo(self._manifest)
+        command = fixture.command(*flags, clients=clients)
+        command[command.index("--model") + 1] = str(body)
+        self._pipe = None
+
+        def reads():
+            try:
+                self._pipe = os.open(self._manifest, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:  # nobody has it open for reading
+                pass
+            return self._pipe is not None or self.process.poll() is not None
+
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("INFEMERAL_")}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+            text=True, env=environment)
+        assert soon(reads, 120) and self._pipe is not None, self.process.stderr.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        if self._pipe is not None:
+            os.close(self._pipe)
+
+    def load_the_rest(self):
+        """Until it serves, at `address`, or has ended."""
+        os.write(self._pipe, self._text)
+        os.close(self._pipe)
+        self._pipe = None
+        line = self.process.stdout.readline()
+        self.address = line.split()[2].rstrip(",") if line else None
+
+
+def case_signals_while_the_model_is_loaded(fixture, server):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with Loading(fixture) as loading:
+            loading.process.send_signal(number)
+            # engine_serve looks at a signal when it has loaded.
+            early = Path(fixture.server_command[0]).name != "engine_serve"
+            if not early:
+                loading.load_the_rest()
+            out, err = loading.process.communicate(timeout=60)
+            assert loading.process.returncode == 0, (loading.process.returncode, err)
+            assert err.splitlines()[-1] == "info: shutting down" and "Traceback" not in err, err
+            assert not early or not out, out
+
+
+def case_the_allow_list_changes_while_the_model_is_loaded(fixture, server):
+    listed = fixture.folder / "changing.pub"
+    listed.write_text((fixture.folder / "client.key.pub").read_text())
+    with Loading(fixture, "--allow", str(listed), clients=()) as loading:
+        listed.write_text((fixture.folder / "other.key.pub").read_text())
+        for _ in range(2):
+            loading.process.send_signal(signal.SIGHUP)
+        loading.load_the_rest()
+        assert loading.address, loading.process.stderr.read()
+        # engine_serve may take clients a moment before it reads the list again.
+        assert soon(lambda: knows(fixture, loading, "other"))
+        assert not knows(fixture, loading, "client")
 
 
 def case_the_end(fixture, server):

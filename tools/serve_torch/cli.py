@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -117,7 +118,29 @@ class Console:
         if LEVELS.index(level) >= self._level:
             # A message may quote what came from outside: it must not move the cursor.
             clean = "".join(" " if c < " " or c == "\x7f" else c for c in message)
-            print(f"{level}: {clean}", file=sys.stderr, flush=True)
+            # Past Python's buffers, which a signal's handler might find in use.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{level}: {clean}\n".encode(errors="replace"))
+
+
+class EarlySignals:
+    """Signals that come before there is a server: loading a large model takes minutes. Installs its
+    handlers in the process; the server's own replace them."""
+
+    def __init__(self):
+        self.console: Console | None = None  # there is one as soon as the command line is read
+        self.hangup = False  # the allow list must be read again once there is a server
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _) -> None:
+        if number == signal.SIGHUP:
+            self.hangup = True
+            return
+        if self.console is not None:
+            self.console.log("info", "shutting down")
+        # Nothing is owed to anybody yet, and what loads would take an exception for its own.
+        os._exit(EXIT_OK)
 
 
 def print_version() -> None:
@@ -139,7 +162,7 @@ def load_torch_body(options: argparse.Namespace, console: Console) -> Body | Non
 
 
 async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allow: list[bytes],
-                credentials, console: Console, **state) -> int:
+                credentials, console: Console, early: EarlySignals, **state) -> int:
     """`state` goes into ServerState."""
     # gRPC is not needed to compute: perf/serve_torch_bench.py runs without it.
     from .admission import Admission
@@ -172,12 +195,6 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
         admission=Admission(options.max_sessions, sessions_per_client(allow),
                             positions if options.max_kv_mib > 0 else None),
         scheduler=scheduler, log=console.log, max_rows=MAX_ROWS_PER_STEP, **state)
-    server = BodyServer(shared)
-    try:
-        port = await server.start(options.listen, credentials)
-    except ListenError as error:
-        scheduler.close()
-        raise LoadError(str(error)) from None
 
     def on_signal(number: int) -> None:
         if stop.is_set():  # the second one does not wait
@@ -197,6 +214,14 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal, number)
     loop.add_signal_handler(signal.SIGHUP, read_allow_list)
+    if early.hangup:
+        read_allow_list()
+    server = BodyServer(shared)
+    try:
+        port = await server.start(options.listen, credentials)
+    except ListenError as error:
+        scheduler.close()
+        raise LoadError(str(error)) from None
     # One line on stdout, so that a script can wait for it and learn the port.
     host = options.listen.rsplit(":", 1)[0]
     print(f"listening on {host}:{port}, public key {format_public_key(public_key_of(secret_key))}",
@@ -217,10 +242,11 @@ def main(arguments: list[str] | None = None,
     if "--version" in arguments:
         print_version()
         return EXIT_OK
+    early = EarlySignals()
     # gRPC's own lines on stderr say again, less clearly, what our errors say.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     options = make_parser().parse_with_environment(arguments)
-    console = Console(options.quiet, options.verbose)
+    console = early.console = Console(options.quiet, options.verbose)
     try:
         try:
             from .identity import allowed_clients, load_secret_key
@@ -235,7 +261,7 @@ def main(arguments: list[str] | None = None,
         if body is None:
             return EXIT_OK
         try:
-            return asyncio.run(serve(options, body, secret_key, allow, credentials, console,
+            return asyncio.run(serve(options, body, secret_key, allow, credentials, console, early,
                                      **state))
         finally:
             body.close()
