@@ -58,13 +58,13 @@ class RankZero:
         if integers.numel() > 0:
             dist.broadcast(integers.to(device), 0)
 
-    def run(self, states, positions, slots, table) -> torch.Tensor:
+    def run(self, states, positions, slots, table, back: int) -> torch.Tensor:
         if not self._alone:
             b, t, _ = states.shape
             integers = torch.cat([x.reshape(-1) for x in (positions, slots, table)])
             self._send(RUN, (b, t), integers)
             dist.broadcast(states.to(self._model.device), 0)
-        return self._model.run(states, positions, slots, table)
+        return self._model.run(states, positions, slots, table, back)
 
     def wipe(self, pages: torch.Tensor) -> None:
         if not self._alone:
@@ -98,4 +98,4 @@ def follow(model: TorchModel) -> None:
         states = torch.empty((b, t, model.hidden_size), device=model.device)
         dist.broadcast(states, 0)
         positions, slots, table = integers.split([b * t, b * t, count - 2 * b * t])
-        model.run(states.cpu(), positions.view(b, t), slots.view(b, t), table.view(b, -1))
+        model.run(states.cpu(), positions.view(b, t), slots.view(b, t), table.view(b, -1), back=0)

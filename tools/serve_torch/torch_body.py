@@ -89,8 +89,9 @@ class TorchBody(Body):
         return True
 
     def _forward(self, group: list[BodyStep]) -> np.ndarray:
-        """[B, T, H]; all steps of a group have as many rows."""
+        """[B, the most rows that one of them wants, H]; all steps of a group have as many rows."""
         rows = len(group[0].states)
+        back = max({WANTED_ALL: rows, WANTED_NONE: 0}.get(step.wanted, 1) for step in group)
         ends = [step.start_pos + rows for step in group]
         positions = np.stack([np.arange(end - rows, end) for end in ends])
         table = np.zeros((len(group), -(-max(ends) // PAGE)), np.int64)
@@ -99,7 +100,7 @@ class TorchBody(Body):
             table[i, :used] = step.session.pages[:used]
         slots = np.take_along_axis(table, positions // PAGE, axis=1) * PAGE + positions % PAGE
         states = np.stack([step.states for step in group])
-        out = self._ranks.run(*map(torch.from_numpy, (states, positions, slots, table)))
+        out = self._ranks.run(*map(torch.from_numpy, (states, positions, slots, table)), back)
         return out.numpy().copy()  # the model uses its memory again
 
 

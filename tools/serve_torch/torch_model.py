@@ -191,8 +191,9 @@ class TorchModel:
 
     @torch.no_grad()
     def run(self, states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
-            table: torch.Tensor) -> torch.Tensor:
-        """Tensors on the host, also the result: [B, T, H] float32, normed."""
+            table: torch.Tensor, back: int) -> torch.Tensor:
+        """Tensors on the host, also the result: [B, back, H] float32, normed, of the last rows. The
+        step is done when this returns, also when nothing comes back."""
         needed = int(table.max()) + 1
         if needed > self._n_pages:
             self._resize(max(needed, 2 * self._n_pages))
@@ -200,14 +201,18 @@ class TorchModel:
         if t == 1 and self._graphs:
             batch = next(size for size in self._batches if size >= b)
             width = next(size for size in self._tables if size >= table.shape[1])
-            return self._graphs[batch, width].replay(states, positions, slots, table)[:b]
+            graph = self._graphs[batch, width]
+            return graph.replay(back, states, positions, slots, table)[:b]
         on_device = (x.to(self.device) for x in (states, positions, slots, table))
         # Compiled layers are for single rows; other shapes would be compiled one by one.
         eager = t > 1 and self._compiled
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
-            return self.forward(*on_device).cpu()
+            out = self.forward(*on_device, back=back).cpu()
+        if back == 0 and self.device.type == "cuda":  # no copy has waited for the step
+            torch.cuda.current_stream().synchronize()
+        return out
 
-    def forward(self, states, positions, slots, table) -> torch.Tensor:
+    def forward(self, states, positions, slots, table, back: int = 1) -> torch.Tensor:
         """The same on the device, as it is captured."""
         if states.shape[1] == 1 and states.is_cuda and decode_attention is not None:
             bias = states.new_empty(0)
@@ -220,7 +225,7 @@ class TorchModel:
         # transformers keeps position_ids for itself.
         result = self.model(inputs_embeds=states.to(self.dtype), position_ids=positions,
                             use_cache=False, slots=slots, table=table, places=positions, bias=bias)
-        return result.last_hidden_state.float()
+        return result.last_hidden_state[:, states.shape[1] - back:].float()
 
     def _bias(self, positions: torch.Tensor, size: int) -> torch.Tensor:
         """0 for the cached positions that a row sees, minus infinity for the others."""
@@ -300,13 +305,14 @@ class DecodeGraph:
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._out = self.forward()
 
-    def replay(self, *step: torch.Tensor) -> torch.Tensor:
-        """[batch, 1, H] on the host; its memory is the next replay's too."""
+    def replay(self, back: int, *step: torch.Tensor) -> torch.Tensor:
+        """[batch, back, H] on the host; its memory is the next replay's too."""
         for host, device, given in zip(self._host, self._device, step):
             host.zero_()
             host[tuple(slice(size) for size in given.shape)] = given
             device.copy_(host, non_blocking=True)
         self._graph.replay()
-        self._result.copy_(self._out, non_blocking=True)
+        if back > 0:
+            self._result.copy_(self._out, non_blocking=True)
         torch.cuda.current_stream().synchronize()
-        return self._result
+        return self._result[:, :back]
