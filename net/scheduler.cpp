@@ -117,16 +117,18 @@ bool Scheduler::expects_by(Clock::time_point deadline) {
 }
 
 // Before the answers leave: a session may be back before the last of them has.
-void Scheduler::note_answers(const Jobs& batch, Clock::duration elapsed) try {
+void Scheduler::note_answers(Jobs& batch, Clock::duration elapsed) try {
   if (batch.empty()) return;
   const std::lock_guard lock(mutex_);
   const Clock::time_point now = Clock::now();
   const auto decodes = [](const StepJob& job) { return job.rows == 1; };
   if (std::all_of(batch.begin(), batch.end(), decodes)) decode_run_ = elapsed;
-  for (const StepJob& job : batch) {
+  for (auto first = batch.begin(); first != batch.end();) {
+    const StepJob& job = *first;
+    first = run_end(batch, first);
+    const bool alone = &*std::prev(first) == &job;
     const auto same = [&](const StepJob& other) { return other.session == job.session; };
-    if (!decodes(job) || std::any_of(waiting_.begin(), waiting_.end(), same)) continue;
-    if (std::count_if(batch.begin(), batch.end(), same) > 1) continue;
+    if (!alone || !decodes(job) || std::any_of(waiting_.begin(), waiting_.end(), same)) continue;
     job.session->answered = now;
     away_.push_back(job.session);
   }

@@ -88,7 +88,7 @@ class Scheduler final : public StepQueue {
   Clock::duration patience() const { return decode_run_ / 2; }  // how long a run may be put off
   std::list<StepJob> take_batch();
   void run_body(std::list<StepJob>& batch);
-  void note_answers(const std::list<StepJob>& batch, Clock::duration elapsed);
+  void note_answers(std::list<StepJob>& batch, Clock::duration elapsed);
 
   Body& body_;
   const std::uint32_t joined_rows_;
