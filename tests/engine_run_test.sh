@@ -155,6 +155,14 @@ refused 2 'no/such/dir' engine_run -m prepared -p x -o no/such/dir/out.jsonl
 refused 2 'stdout' engine_run -m prepared -p x -o - --stream
 : >empty.txt
 refused 2 'no prompt' engine_run -m prepared -f empty.txt
+printf 'good\nwith a \0 in it\n' >binary.txt
+refused 2 'binary.txt is not a text file: line 2 holds a NUL byte' engine_run -m prepared -f binary.txt -o unread.jsonl
+printf 'caf\303\251\n\nna\357ve\n' >latin1.txt
+refused 2 'latin1.txt is not a text file: line 3 is not valid UTF-8' engine_run -m prepared -f latin1.txt -o unread.jsonl
+printf '{"prompt": "cut \342\202"}\n' >cut.jsonl
+refused 2 'cut.jsonl is not a text file: line 1' engine_run -m prepared -f cut.jsonl -o unread.jsonl
+refused 2 'is not a text file' engine_run -m prepared -f prepared/body/model.safetensors -o unread.jsonl
+[ ! -e unread.jsonl ] || fail "an output was made for prompts that are no text"
 run 2 sh -c "'$tools/engine_run' -m prepared -p x -n 2 --quiet >/dev/full"
 grep -q stdout err || fail "a full disk under stdout is not reported: $(cat err)"
 run 2 "$tools/engine_run" -m prepared -p x -n 2 -o /dev/full --overwrite

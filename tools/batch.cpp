@@ -8,6 +8,7 @@
 
 #include "engine/json_file.h"
 #include "engine/text.h"
+#include "engine/tokenizer_unicode.h"
 
 namespace infemeral {
 namespace {
@@ -239,6 +240,27 @@ const BatchItem* item_of(const Json& line, const std::vector<BatchItem>& items) 
   return &item;
 }
 
+// What is no text must not become prompts, thousands of them for an archive.
+absl::Status check_text(std::string_view text, std::string_view name) {
+  std::string repaired;
+  for (std::size_t number = 1; !text.empty(); ++number) {
+    const std::string_view line = text.substr(0, text.find('\n'));
+    text.remove_prefix(std::min(line.size() + 1, text.size()));
+    repaired.clear();
+    tok::Utf8Repair repair;
+    repair.push(line, repaired);
+    repair.finish(repaired);
+    const bool nul = line.find('\0') != line.npos;
+    if (nul || repaired != line) {
+      return absl::InvalidArgumentError(
+          cat(name, " is not a text file: line ", number,
+              nul ? " holds a NUL byte" : " is not valid UTF-8",
+              "; give prompts as UTF-8 text (one a line) or JSON lines"));
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<EarlierResults> read_results(std::string_view text,
@@ -294,6 +316,7 @@ std::vector<BatchItem> parse_batch(std::string_view text, std::string_view name)
 absl::StatusOr<std::vector<BatchItem>> read_batch(const std::string& file) {
   auto text = read_text_file(file == "-" ? "/dev/stdin" : file, kMaxInputBytes);
   if (!text.ok()) return text.status();
+  if (absl::Status status = check_text(*text, file); !status.ok()) return status;
   std::vector<BatchItem> items = parse_batch(*text, file);
   if (items.empty()) return absl::InvalidArgumentError(cat(file, " holds no prompt"));
   return items;

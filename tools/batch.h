@@ -42,8 +42,8 @@ struct BatchItem {
   absl::Status status;  // why this item cannot be run; it gets a result line all the same
 };
 
-// Reads a whole input file ("-" is standard input). An error here means that nothing can be run; a
-// bad line becomes an item with its own error.
+// Reads a whole input file ("-" is standard input), which must be UTF-8 without NUL bytes. An error
+// here means that nothing can be run; a bad line becomes an item with its own error.
 absl::StatusOr<std::vector<BatchItem>> read_batch(const std::string& file);
 // The same from text, for tests; `name` decides nothing but a .jsonl ending.
 std::vector<BatchItem> parse_batch(std::string_view text, std::string_view name);
