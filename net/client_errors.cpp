@@ -1,12 +1,33 @@
 #include "net/client_errors.h"
 
 #include <algorithm>
+#include <string_view>
 
 #include "absl/strings/str_cat.h"
 #include "net/frames.h"
 #include "net/tls_credentials.h"
 
 namespace infemeral {
+namespace {
+
+// Another program, a server that only knows HTTP/1, or a proxy's TLS port, which says so in HTTP/1.
+bool speaks_no_http2(std::string_view message) {
+  // The last one is a peer that answers in HTTP/1 and leaves the connection open.
+  return message.find("http1.x server") != message.npos ||
+         message.find("Failed parsing HTTP/2") != message.npos ||
+         message.find("missing selected ALPN") != message.npos ||
+         message.ends_with("last error: OK");
+}
+
+// What gRPC's resolver says of a name without an address.
+std::string explain_name(std::string_view message) {
+  // "Could not contact DNS servers", "Timeout while contacting DNS servers".
+  return message.find("DNS servers") != message.npos
+             ? "no name server answers; check this machine's network"
+             : "no such host is known; check its name";
+}
+
+}  // namespace
 
 std::string printable(std::string text) {
   text.resize(std::min(text.size(), kMaxTextBytes));
@@ -51,6 +72,15 @@ absl::Status explain_stream_end(const grpc::Status& status, StreamStage stage,
   if (message.find("Connection refused") != std::string::npos) {
     return absl::UnavailableError(absl::StrCat(
         "cannot reach ", server, ": connection refused; is engine_serve running there?"));
+  }
+  if (message.find("DNS resolution failed") != std::string::npos) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot reach ", server, ": ", explain_name(message)));
+  }
+  if (speaks_no_http2(message)) {
+    return absl::UnavailableError(absl::StrCat(
+        "cannot reach ", server, ": it does not answer in HTTP/2; check that the port is ",
+        "engine_serve's", options.tls ? "" : ", and if it speaks TLS, give --tls-ca"));
   }
   if (absl::Status why = explain_tls(server, message, options.tls.has_value()); !why.ok()) {
     return why;

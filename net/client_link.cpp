@@ -30,6 +30,14 @@ absl::Status check_options(const ClientLinkOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat(
         "the server address \"", printable(options.server), "\" is not of the form host:port"));
   }
+  const std::string_view host(options.server.data(), colon);
+  // In a gRPC target with a scheme, colons have other meanings.
+  if (host.find_first_of("[/") == host.npos && std::count(host.begin(), host.end(), ':') > 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the server address \"", printable(options.server),
+                     "\" is not of the form host:port: an IPv6 address needs brackets, as in "
+                     "[::1]:50051"));
+  }
   if (options.force_cipher && !cipher_suite_available(*options.force_cipher)) {
     return absl::UnimplementedError(absl::StrCat("this processor has no instructions for ",
                                                  cipher_suite_name(*options.force_cipher)));

@@ -146,12 +146,7 @@ absl::Status explain_tls(const std::string& server, const std::string& message, 
     return absl::UnavailableError(
         absl::StrCat("cannot reach ", server, ": it has no TLS on this port; leave --tls-ca out"));
   }
-  // A proxy's words: to a plain connection on its TLS port, and to one without a certificate.
-  if (!tls && says("http1.x server")) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot reach ", server,
-                     ": it does not answer in HTTP/2; if it speaks TLS, give --tls-ca"));
-  }
+  // A proxy's words to a connection without a certificate.
   if (tls && says("http2 header with status: 400")) {
     return absl::UnavailableError(absl::StrCat(
         "cannot reach ", server,

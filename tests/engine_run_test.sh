@@ -222,6 +222,15 @@ cp results.jsonl kept.jsonl
 refused 3 '127.0.0.1:1' engine_run -m prepared --server 127.0.0.1:1 --server-key server.key.pub \
   --identity client.key -p x -o results.jsonl --overwrite
 cmp -s results.jsonl kept.jsonl || fail "old results were lost where no server was reached"
+refused 3 'cannot reach name.invalid:5000: no (such host|name server)' engine_run -m prepared --server name.invalid:5000 \
+  --server-key server.key.pub --identity client.key -p x
+python3 -u -m http.server 0 --bind 127.0.0.1 >web.out 2>&1 &
+web=$!
+for _ in $(seq 200); do grep -q '^Serving' web.out && break; sleep 0.05; done
+refused 3 'does not answer in HTTP/2; check that the port is' engine_run -m prepared \
+  --server "127.0.0.1:$(sed -n 's/^Serving HTTP on .* port \([0-9]*\) .*/\1/p' web.out)" \
+  --server-key server.key.pub --identity client.key -p x
+{ kill "$web"; wait "$web"; } 2>/dev/null
 refused 2 'give HOST:PORT alone' engine_run -m prepared --server "http://$address" --server-key server.key.pub \
   --identity client.key -p x
 serve=("$tools/engine_serve" --listen 127.0.0.1:0 --identity server.key --allow client.key.pub --model)

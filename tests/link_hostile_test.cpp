@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <set>
+#include <tuple>
 
 #include "tests/link_fixture.h"
 #include "tests/link_peers.h"
@@ -15,7 +16,87 @@ std::string raw(const std::array<std::uint8_t, N>& bytes) {
   return std::string(bytes.begin(), bytes.end());
 }
 
+// A listening socket; the caller closes it.
+struct Listener {
+  int socket = -1;
+  int port = 0;
+};
+
+Listener listen_on_loopback() {
+  const int socket = ::socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  REQUIRE(::bind(socket, reinterpret_cast<sockaddr*>(&address), size) == 0);
+  REQUIRE(::listen(socket, 1) == 0);
+  REQUIRE(::getsockname(socket, reinterpret_cast<sockaddr*>(&address), &size) == 0);
+  return {socket, ntohs(address.sin_port)};
+}
+
 }  // namespace
+
+TEST_CASE("a port of another program's") {
+  Rig rig;
+  // What it says, whether it closes the connection then, and whether it waits to be spoken to.
+  const std::tuple<std::string, bool, bool> programs[] = {
+      {"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n", true, true},
+      {"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nno", false, true},
+      {"HTTP/1.0 404 Not Found\r\n\r\n", true, true},
+      {"SSH-2.0-OpenSSH_9.2p1\r\n", false, false},
+      {"-ERR unknown command 'PRI'\r\n", false, true}};
+  for (const auto& [says, closes, waits] : programs) {
+    CAPTURE(says);
+    const Listener listener = listen_on_loopback();
+    rig.use_port(listener.port);
+    std::thread program([&, &says = says, closes = closes, waits = waits] {
+      std::vector<int> open;
+      while (true) {
+        const int peer = ::accept(listener.socket, nullptr, nullptr);
+        if (peer < 0) break;
+        char bytes[1000];
+        if (waits) (void)!::recv(peer, bytes, sizeof bytes, 0);
+        (void)!::send(peer, says.data(), says.size(), MSG_NOSIGNAL);
+        // Its own direction only: closed with bytes unread, the line might eat the answer.
+        if (closes) ::shutdown(peer, SHUT_WR);
+        open.push_back(peer);
+      }
+      for (const int peer : open) ::close(peer);
+    });
+    check_says(connect_link(rig.options).status(), absl::StatusCode::kUnavailable,
+               "cannot reach " + rig.options.server +
+                   ": it does not answer in HTTP/2; check that the port is engine_serve's, and if "
+                   "it speaks TLS, give --tls-ca");
+    ::shutdown(listener.socket, SHUT_RDWR);  // accept() returns
+    program.join();
+    ::close(listener.socket);
+  }
+}
+
+TEST_CASE("a server that accepts and says nothing") {
+  const Listener silent = listen_on_loopback();
+  Rig rig;
+  rig.use_port(silent.port);
+  SECTION("the deadline ends the attempt") {
+    rig.options.connect_timeout = milliseconds(300);
+    const auto start = std::chrono::steady_clock::now();
+    check_says(connect_link(rig.options).status(), absl::StatusCode::kDeadlineExceeded, "300 ms");
+    const auto elapsed = std::chrono::steady_clock::now() - start;
+    CHECK(elapsed >= milliseconds(299));
+    CHECK(elapsed < milliseconds(3000));
+  }
+  SECTION("the stop token ends the attempt") {
+    std::stop_source stop;
+    std::thread stopper([&] {
+      std::this_thread::sleep_for(milliseconds(200));
+      stop.request_stop();
+    });
+    CHECK(connect_link(rig.options, stop.get_token()).status().code() ==
+          absl::StatusCode::kCancelled);
+    stopper.join();
+  }
+  ::close(silent.socket);
+}
 
 TEST_CASE("clients and servers that do not know each other get nothing") {
   Rig rig;

@@ -221,44 +221,11 @@ TEST_CASE("a server that is not there") {
              "cannot reach 127.0.0.1:1: connection refused; is engine_serve running there?");
   rig.options.server = "name.invalid:5000";
   check_says(connect_link(rig.options).status(), absl::StatusCode::kUnavailable,
-             "cannot reach name.invalid:5000");
-  for (const char* address : {"", "host", ":50", "host:"}) {
+             "cannot reach name.invalid:5000: no ");  // "such host", or "name server"
+  for (const char* address : {"", "host", ":50", "host:", "::1:5000", "fe80::1:50051"}) {
     rig.options.server = address;
     check_says(connect_link(rig.options).status(), absl::StatusCode::kInvalidArgument, "host:port");
   }
-}
-
-TEST_CASE("a server that accepts and says nothing") {
-  // A listening socket that nobody answers on.
-  const int silent = ::socket(AF_INET, SOCK_STREAM, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof address;
-  REQUIRE(::bind(silent, reinterpret_cast<sockaddr*>(&address), size) == 0);
-  REQUIRE(::listen(silent, 1) == 0);
-  REQUIRE(::getsockname(silent, reinterpret_cast<sockaddr*>(&address), &size) == 0);
-  Rig rig;
-  rig.use_port(ntohs(address.sin_port));
-  SECTION("the deadline ends the attempt") {
-    rig.options.connect_timeout = milliseconds(300);
-    const auto start = std::chrono::steady_clock::now();
-    check_says(connect_link(rig.options).status(), absl::StatusCode::kDeadlineExceeded, "300 ms");
-    const auto elapsed = std::chrono::steady_clock::now() - start;
-    CHECK(elapsed >= milliseconds(299));
-    CHECK(elapsed < milliseconds(3000));
-  }
-  SECTION("the stop token ends the attempt") {
-    std::stop_source stop;
-    std::thread stopper([&] {
-      std::this_thread::sleep_for(milliseconds(200));
-      stop.request_stop();
-    });
-    CHECK(connect_link(rig.options, stop.get_token()).status().code() ==
-          absl::StatusCode::kCancelled);
-    stopper.join();
-  }
-  ::close(silent);
 }
 
 TEST_CASE("a stop token ends a step and gives the link up") {
