@@ -32,19 +32,24 @@ std::shared_ptr<grpc::Channel> make_channel(const ClientLinkOptions& options) {
   return grpc::CreateCustomChannel(options.server, client_credentials(options.tls), arguments);
 }
 
+absl::Status given_up_by_cancellation() {
+  return absl::UnavailableError("the connection was given up after a cancellation; connect again");
+}
+
 }  // namespace
 
 ClientStream::Interrupt::Interrupt(ClientStream& stream, std::chrono::milliseconds timeout,
                                    const std::stop_token& stop)
     : watchdog_(stream.watchdog_),
       ticket_(watchdog_.arm(Watchdog::Clock::now() + timeout,
-                            [this, context = stream.context_.get()] {
-                              timed_out_ = true;
-                              context->TryCancel();
+                            [&stream] {
+                              stream.timed_out_ = true;
+                              stream.context_->TryCancel();
                             })),
-      on_stop_(stop, [this, context = stream.context_.get()] {
+      on_stop_(stop, [this, &stream] {
         stopped_ = true;
-        context->TryCancel();
+        stream.stopped_ = true;
+        stream.context_->TryCancel();
       }) {}
 
 ClientStream::Interrupt::~Interrupt() {
@@ -79,6 +84,7 @@ absl::Status ClientStream::open(const std::stop_token& stop) {
   for (int attempt = 0;; ++attempt) {
     if (stop.stop_requested()) return absl::CancelledError("stopped before connecting");
     context_ = std::make_unique<grpc::ClientContext>();
+    timed_out_ = stopped_ = false;
     // The first envelope leaves together with the call's headers.
     context_->set_initial_metadata_corked(true);
     std::optional<CipherSuite> offered;
@@ -90,6 +96,8 @@ absl::Status ClientStream::open(const std::stop_token& stop) {
       stream_ = stub_->Session(context_.get());
       status = shake_hands(suite, interrupt, offered);
     }
+    // The time may have been over just after the answer came: the call is cancelled all the same.
+    if (status.ok() && timed_out_) status = no_answer(options_.connect_timeout);
     if (status.ok()) return status;
     hang_up();
     if (!offered || attempt > 0) return status;
@@ -153,17 +161,21 @@ absl::Status ClientStream::check_refusal(const v1::Refusal& refusal, CipherSuite
 
 absl::Status ClientStream::broken(const Interrupt& interrupt, StreamStage stage) {
   // Our own reasons first: gRPC only knows that the call was cancelled.
-  if (interrupt.stopped() || interrupt.timed_out()) context_->TryCancel();
+  if (stopped_ || timed_out_) context_->TryCancel();
   const grpc::Status status = stream_->Finish();
   stream_.reset();
   if (interrupt.stopped()) return absl::CancelledError("stopped");
-  if (interrupt.timed_out()) {
-    const auto timeout =
-        stage == StreamStage::kConnecting ? options_.connect_timeout : options_.step_timeout;
-    return absl::DeadlineExceededError(
-        absl::StrCat("no answer from ", options_.server, " within ", timeout.count(), " ms"));
+  if (timed_out_) {
+    return no_answer(stage == StreamStage::kConnecting ? options_.connect_timeout
+                                                       : options_.step_timeout);
   }
+  if (stopped_) return given_up_by_cancellation();
   return explain_stream_end(status, stage, options_, identity_.public_key());
+}
+
+absl::Status ClientStream::no_answer(std::chrono::milliseconds timeout) const {
+  return absl::DeadlineExceededError(
+      absl::StrCat("no answer from ", options_.server, " within ", timeout.count(), " ms"));
 }
 
 absl::Status ClientStream::give_up(absl::Status status) {
@@ -173,10 +185,7 @@ absl::Status ClientStream::give_up(absl::Status status) {
     stream_.reset();
   }
   // A later call was not cancelled: it finds that the connection is gone.
-  error_ = absl::IsCancelled(status)
-               ? absl::UnavailableError(
-                     "the connection was given up after a cancellation; connect again")
-               : status;
+  error_ = absl::IsCancelled(status) ? given_up_by_cancellation() : status;
   return status;
 }
 

@@ -43,11 +43,9 @@ class ClientStream {
     Interrupt(const Interrupt&) = delete;
     Interrupt& operator=(const Interrupt&) = delete;
 
-    bool timed_out() const { return timed_out_; }
     bool stopped() const { return stopped_; }
 
    private:
-    std::atomic<bool> timed_out_ = false;
     std::atomic<bool> stopped_ = false;
     Watchdog& watchdog_;
     const Watchdog::Ticket ticket_;
@@ -89,6 +87,7 @@ class ClientStream {
   bool read(v1::Envelope& envelope);
   // Why the stream broke, from the interrupt or from gRPC's status.
   absl::Status broken(const Interrupt& interrupt, StreamStage stage);
+  absl::Status no_answer(std::chrono::milliseconds timeout) const;
   void hang_up();
 
   const ClientLinkOptions& options_;
@@ -98,6 +97,11 @@ class ClientStream {
 
   std::unique_ptr<v1::SplitInference::Stub> stub_;  // of this connection's own channel
   std::unique_ptr<grpc::ClientContext> context_;
+  // Why an interrupt has cancelled the call. Kept with the call, as the interrupt may be gone
+  // before anybody notices: when a step's time is over between its last byte and the wait for its
+  // answer.
+  std::atomic<bool> timed_out_ = false;
+  std::atomic<bool> stopped_ = false;
   // Null once the stream is given up.
   std::unique_ptr<grpc::ClientReaderWriter<v1::Envelope, v1::Envelope>> stream_;
   absl::Status error_;  // why it was

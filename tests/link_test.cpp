@@ -7,6 +7,7 @@
 #include <latch>
 #include <numeric>
 
+#include "net/client_stream.h"
 #include "tests/link_fixture.h"
 
 namespace infemeral {
@@ -283,6 +284,40 @@ TEST_CASE("a step that takes too long ends at its deadline") {
   CHECK(std::chrono::steady_clock::now() - start < milliseconds(3000));
   check_says(talk.step(0, 1, Wanted::kLast), absl::StatusCode::kDeadlineExceeded, "200 ms");
   leave.count_down();
+}
+
+TEST_CASE("why a call was cancelled is known after the one who cancelled it has gone") {
+  Rig rig;
+  rig.start();
+  LinkCounters counters;
+  ClientStream stream(rig.options, Identity::from_secret(rig.client_identity.secret_key().copy()),
+                      counters);
+  REQUIRE(stream.connect({}).ok());
+  // The first interrupt cancels the call and goes unnoticed, as submit()'s does when a step's time
+  // is over just after its last byte was written.
+  PhaseTimes times;
+  SECTION("a deadline") {
+    {
+      const ClientStream::Interrupt sending(stream, milliseconds(1), {});
+      std::this_thread::sleep_for(milliseconds(100));
+    }
+    ClientStream::Interrupt waiting(stream, rig.options.step_timeout, {});
+    check_says(stream.receive(kMaxFrameOverhead, waiting, times).status(),
+               absl::StatusCode::kDeadlineExceeded, "no answer from " + rig.options.server);
+    check_says(stream.error(), absl::StatusCode::kDeadlineExceeded, "no answer");
+  }
+  SECTION("a stop") {
+    {
+      std::stop_source stop;
+      const ClientStream::Interrupt sending(stream, rig.options.step_timeout, stop.get_token());
+      stop.request_stop();
+    }
+    ClientStream::Interrupt waiting(stream, rig.options.step_timeout, {});
+    check_says(stream.receive(kMaxFrameOverhead, waiting, times).status(),
+               absl::StatusCode::kUnavailable, "given up after a cancellation; connect again");
+  }
+  REQUIRE(stream.connect({}).ok());
+  CHECK(stream.error().ok());
 }
 
 TEST_CASE("a line that is cut or frozen in the middle") {
