@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import contextlib
 import os
 import resource
 import signal
@@ -12,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .body import Body, LoadError
+from .signals import EarlySignals, write_line
 
 EXIT_OK, EXIT_USAGE = 0, 2
 MAX_ROWS_PER_STEP = 512
@@ -118,29 +118,7 @@ class Console:
         if LEVELS.index(level) >= self._level:
             # A message may quote what came from outside: it must not move the cursor.
             clean = "".join(" " if c < " " or c == "\x7f" else c for c in message)
-            # Past Python's buffers, which a signal's handler might find in use.
-            with contextlib.suppress(OSError):
-                os.write(2, f"{level}: {clean}\n".encode(errors="replace"))
-
-
-class EarlySignals:
-    """Signals that come before there is a server: loading a large model takes minutes. Installs its
-    handlers in the process; the server's own replace them."""
-
-    def __init__(self):
-        self.console: Console | None = None  # there is one as soon as the command line is read
-        self.hangup = False  # the allow list must be read again once there is a server
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _) -> None:
-        if number == signal.SIGHUP:
-            self.hangup = True
-            return
-        if self.console is not None:
-            self.console.log("info", "shutting down")
-        # Nothing is owed to anybody yet, and what loads would take an exception for its own.
-        os._exit(EXIT_OK)
+            write_line(level, clean)
 
 
 def print_version() -> None:
@@ -235,18 +213,19 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
 
 def main(arguments: list[str] | None = None,
          load: Callable[[argparse.Namespace, Console], Body | None] = load_torch_body,
-         **state) -> int:
+         early: EarlySignals | None = None, **state) -> int:
     """`load` returns None on a rank that has followed another one to its end; `state` replaces
     defaults of ServerState."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--version" in arguments:
         print_version()
         return EXIT_OK
-    early = EarlySignals()
+    early = early or EarlySignals()
     # gRPC's own lines on stderr say again, less clearly, what our errors say.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     options = make_parser().parse_with_environment(arguments)
-    console = early.console = Console(options.quiet, options.verbose)
+    console = Console(options.quiet, options.verbose)
+    early.log = console.log
     try:
         try:
             from .identity import allowed_clients, load_secret_key
