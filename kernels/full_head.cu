@@ -69,7 +69,7 @@ cudaError_t full_head(const Stage& stage, const FullHead& args) {
     const int taken = fits(8) ? 8 : fits(4) ? 4 : 1;
     const cudaError_t error = taken == 8   ? run<4, 8, 1>(stage, p)
                               : taken == 4 ? run<4, 4, 1>(stage, p)
-                                           : run<4, 1, 2>(stage, p);
+                                           : run<1, 1, 8>(stage, p);
     if (error != cudaSuccess) return error;
     p.n -= taken;
     p.states += static_cast<std::size_t>(taken) * p.stride;

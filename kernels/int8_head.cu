@@ -1,5 +1,7 @@
 #include "kernels/int8_head.h"
 
+#include <algorithm>
+
 #include "kernels/bulk.cuh"
 #include "kernels/int8_layout.cuh"
 #include "kernels/launch.cuh"
@@ -38,51 +40,65 @@ struct StateView {
 };
 
 // Intervals from the sums of one tile: rows `row` and `row` + 8, each with the high and the low
-// plane of state 4 g + t.
-template <int Groups>
-__device__ void write_intervals(const Product& p, const StateView* states, int row,
-                                const RowBound (&row_bounds)[2],
-                                const std::int32_t (&sums)[Groups][4], float (&best)[Groups]) {
+// plane of state s. `best` becomes the largest lower end.
+__device__ void write_intervals(const Product& p, const StateView* states, int s, int row,
+                                const RowBound (&row_bounds)[2], const std::int32_t (&sums)[4],
+                                float& best) {
+  if (s >= p.n || !states[s].covered) return;
+  const StateBound bound = {states[s].scale, states[s].scale_factor, states[s].error_factor,
+                            states[s].norm_factor};
+  const Scorer score(states[s].penalty, states[s].inverse_temperature,
+                     p.seen + static_cast<std::size_t>(s) * p.seen_words);
 #pragma unroll
-  for (int g = 0; g < Groups; ++g) {
-    const int s = 4 * g + threadIdx.x % 4;
-    if (s >= p.n || !states[s].covered) continue;
-    const StateBound bound = {states[s].scale, states[s].scale_factor, states[s].error_factor,
-                              states[s].norm_factor};
-    const Scorer score(states[s].penalty, states[s].inverse_temperature,
-                       p.seen + static_cast<std::size_t>(s) * p.seen_words);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int id = row + 8 * half;
-      if (id >= p.vocab_size) continue;
-      const std::int64_t dot = std::int64_t{256} * sums[g][2 * half] + sums[g][2 * half + 1];
-      const float centre = approximate_logit(dot, row_bounds[half], bound);
-      const std::size_t at = s * score_stride(p.vocab_size) + id;
-      if (p.approximate) {
-        p.upper[at] = centre;
-        continue;
-      }
-      const float radius = logit_radius(row_bounds[half], bound);
-      const float low = score(centre - radius, id);
-      p.upper[at] = score(centre + radius, id);
-      if (states[s].needs_lower) p.lower[at] = low;
-      best[g] = fmaxf(best[g], low);
+  for (int half = 0; half < 2; ++half) {
+    const int id = row + 8 * half;
+    if (id >= p.vocab_size) continue;
+    const std::int64_t dot = std::int64_t{256} * sums[2 * half] + sums[2 * half + 1];
+    const float centre = approximate_logit(dot, row_bounds[half], bound);
+    const std::size_t at = s * score_stride(p.vocab_size) + id;
+    if (p.approximate) {
+      p.upper[at] = centre;
+      continue;
     }
+    const float radius = logit_radius(row_bounds[half], bound);
+    const float low = score(centre - radius, id);
+    p.upper[at] = score(centre + radius, id);
+    if (states[s].needs_lower) p.lower[at] = low;
+    best = fmaxf(best, low);
   }
 }
+
+// The sums of a thread for many states, where a loop can reach them: unrolled, the intervals of all
+// of them are more code than the instruction cache holds.
+template <int Groups>
+struct alignas(16) ManySums {
+  std::int32_t sums[Groups][kWarp][4];
+  float best[Groups][kWarp];
+};
 
 constexpr int kConsumers = 8;                              // warps that multiply
 constexpr int kProductThreads = (kConsumers + 1) * kWarp;  // and one that fetches
 
 // Tiles that a block takes at a time. With one state the memory is the limit, and small pieces end
-// at the same time on all multiprocessors: two warps share a tile. With many states their planes
-// have to be fetched along with every piece, so that large ones are cheaper: a warp a tile.
-template <bool Single>
-constexpr int kTiles = Single ? kConsumers / 2 : kConsumers;
+// at the same time on all multiprocessors: two warps share a tile. With more states their planes
+// have to be fetched along with every piece, so that large ones are cheaper: a warp a tile; and
+// with many, from the L2 cache and from shared memory, they are most of what moves: a warp two
+// tiles.
+template <int Groups, bool Single>
+constexpr int kTiles = Single       ? kConsumers / 2
+                       : Groups < 4 ? kConsumers
+                                    : 2 * kConsumers;
 // Pieces on their way at once. 128 KB are enough to keep the memory busy, and leave room for the
 // next kernel to stand by.
-template <bool Single>
-constexpr int kMaxStages = 32 / kTiles<Single>;
+template <int Groups, bool Single>
+constexpr int kMaxStages = 32 / kTiles<Groups, Single>;
+
+// A piece: consecutive tiles. The last ones of a warp with two tiles are half as large, so that all
+// multiprocessors end together.
+struct Pieces {
+  int whole;  // of kTiles
+  int all;
+};
 
 template <int Groups>
 constexpr int kPlaneChunk = Groups * 512 * kChunkBlocks;  // bytes of the planes of a chunk
@@ -95,18 +111,34 @@ constexpr int kPlaneChunk = Groups * 512 * kChunkBlocks;  // bytes of the planes
 // Single: one state, which every block rounds for itself into its shared memory, while the first
 // chunks are on their way. Else the states' planes are fetched along with the chunks.
 template <int Groups, bool Single>
-__global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, int stages) {
+__global__ void __launch_bounds__(kProductThreads, 1)
+    product_kernel(Product p, Pieces pieces, int stages) {
   static_assert(Groups == 1 || !Single);
-  constexpr int kPieceTiles = kTiles<Single>;
+  constexpr int kPieceTiles = kTiles<Groups, Single>, kHalfTiles = kPieceTiles / 2;
+  constexpr int kWarpTiles = kPieceTiles > kConsumers ? 2 : 1;  // the warp's, kConsumers apart
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ StateView states[4 * Groups];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int tiles = tiles_of(p.vocab_size), pieces = tiles / kPieceTiles;
+  const int tiles = tiles_of(p.vocab_size);
   const int chunks = (p.stride / kAlign + kChunkBlocks - 1) / kChunkBlocks;
-  const int tile_in_piece = warp % kPieceTiles;
+  const int tile_in_piece = warp % (kPieceTiles / kWarpTiles);
+  const auto first_tile = [&](int piece) {
+    const int halves = max(piece - pieces.whole, 0);
+    return (piece - halves) * kPieceTiles + halves * kHalfTiles;
+  };
+  const auto tiles_in = [&](int piece) { return piece < pieces.whole ? kPieceTiles : kHalfTiles; };
+#if __CUDA_ARCH__ >= 900
+  constexpr bool kMany = kWarpTiles > 1;
+#else
+  constexpr bool kMany = false;
+#endif
+  __shared__ ManySums<kMany ? Groups : 1> many[kMany ? kConsumers + 1 : 1];
   float best[Groups];
 #pragma unroll
-  for (int g = 0; g < Groups; ++g) best[g] = -HUGE_VALF;
+  for (int g = 0; g < Groups; ++g) {
+    best[g] = -HUGE_VALF;
+    if constexpr (kMany) many[warp].best[g][lane] = -HUGE_VALF;
+  }
   const auto view = [&](int s, const StateBound& bound, bool covered) {
     const RowRequest& request = p.rows[s].request;
     const Selection selection = request.selection;
@@ -120,7 +152,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
                  selection != Selection::kGreedy && selection != Selection::kMinP};
   };
   const auto row_of = [&](int piece) {  // the lane's, and that plus 8
-    return (piece * kPieceTiles + tile_in_piece) * kTileRows + lane / 4;
+    return (first_tile(piece) + tile_in_piece) * kTileRows + lane / 4;
   };
 
 #if __CUDA_ARCH__ >= 900
@@ -128,8 +160,9 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
   constexpr int kSinglePlanes = 128;  // bytes of a block of columns: two of eight columns
   constexpr int kRowBytes = kPieceTiles * kTileBytes;
   constexpr int kStageBytes = kRowBytes + (Single ? 0 : kPlaneChunk<Groups>);
-  __shared__ std::uint64_t full[kMaxStages<Single>], empty[kMaxStages<Single>];
-  __shared__ int piece_in[kMaxStages<Single>];  // -1: there are no more
+  constexpr int kStages = kMaxStages<Groups, Single>;
+  __shared__ std::uint64_t full[kStages], empty[kStages];
+  __shared__ int piece_in[kStages];  // -1: there are no more
   std::byte* const own_planes = shared + stages * kStageBytes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
@@ -165,8 +198,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
         }
       };
       const auto fetch_rows = [&] {
-        const Chunk chunk = chunk_at(at.chunk, at.piece * kPieceTiles, tiles, p.stride);
-        const int bytes = kPieceTiles * chunk.blocks * kBlockBytes;
+        const Chunk chunk = chunk_at(at.chunk, first_tile(at.piece), tiles, p.stride);
+        const int bytes = tiles_in(at.piece) * chunk.blocks * kBlockBytes;
         piece_in[at.stage] = at.piece;
         barrier_expect(&full[at.stage], bytes + (Single ? 0 : chunk.blocks * Groups * 512));
         copy_bulk(shared + at.stage * kStageBytes, p.copy + chunk.offset, bytes, &full[at.stage]);
@@ -180,7 +213,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
       };
       // The weights do not depend on the kernels before: on their way before those have ended.
       int early = 0;
-      for (; early < stages && at.turn < own_pieces && at.piece < pieces; ++early) {
+      for (; early < stages && at.turn < own_pieces && at.piece < pieces.all; ++early) {
         fetch_rows();
         advance();
       }
@@ -189,11 +222,11 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
       const auto fetch_to_cache = [&] {
         constexpr int kCached = 128 / (kRowBytes >> 10);
         for (int i = 0; i < kCached && at.turn < own_pieces + Single && at.chunk + i < chunks &&
-                        at.piece < pieces;
+                        at.piece < pieces.all;
              ++i) {
-          const Chunk chunk = chunk_at(at.chunk + i, at.piece * kPieceTiles, tiles, p.stride);
+          const Chunk chunk = chunk_at(at.chunk + i, first_tile(at.piece), tiles, p.stride);
           asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.copy + chunk.offset),
-                       "r"(kPieceTiles * chunk.blocks * kBlockBytes));
+                       "r"(tiles_in(at.piece) * chunk.blocks * kBlockBytes));
         }
       };
       if constexpr (!Single) fetch_to_cache();
@@ -204,7 +237,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
       if (at.turn >= own_pieces) at.piece = claimed, claimed = claim();
       for (int i = 0; i < early; ++i) fetch_planes(i, i % chunks);
       if constexpr (Single) fetch_to_cache();
-      while (at.piece < pieces) {
+      while (at.piece < pieces.all) {
         barrier_wait(&empty[at.stage], at.parity ^ 1);
         fetch_rows();
         fetch_planes(at.stage, at.chunk);
@@ -237,11 +270,12 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
       view(threadIdx.x, p.rows[threadIdx.x].bound, p.rows[threadIdx.x].covered != 0);
     }
     // Warps that share a tile take their own blocks of every chunk.
-    constexpr int kSharers = kConsumers / kPieceTiles, kOwnBlocks = kChunkBlocks / kSharers;
-    const int first_block = warp / kPieceTiles * kOwnBlocks;
+    constexpr int kSharers = Single ? 2 : 1, kOwnBlocks = kChunkBlocks / kSharers;
+    const int first_block = Single ? warp / kPieceTiles * kOwnBlocks : 0;
     __shared__ std::int32_t handed_over[2][kSharers > 1 ? kPieceTiles : 1][kWarp][4];
-    RowBound row_bounds[2];
-    std::int32_t sums[Groups][4] = {};
+    RowBound row_bounds[kWarpTiles][2];
+    std::int32_t sums[kWarpTiles][Groups][4] = {};
+    int warp_tiles = 1;
     int stage = 0, parity = 0, chunk = 0, piece = 0, turn = 0;
     while (true) {
       const int blocks = min(kChunkBlocks, p.stride / kAlign - chunk * kChunkBlocks);
@@ -251,35 +285,72 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
       if (chunk == 0) {
         piece = piece_in[stage];
         if (piece < 0) break;
-        row_bounds[0] = p.bounds[row_of(piece)];  // early: they come from memory
-        row_bounds[1] = p.bounds[row_of(piece) + 8];
-      }
-      uint4 upper[kOwnBlocks], lower[kOwnBlocks];
+        warp_tiles = piece < pieces.whole ? kWarpTiles : 1;
 #pragma unroll
-      for (int i = 0; i < kOwnBlocks; ++i) {
-        if (first_block + i < blocks) {
-          upper[i] = *reinterpret_cast<const uint4*>(a + i * kBlockBytes);
-          lower[i] = *reinterpret_cast<const uint4*>(a + i * kBlockBytes + kBlockBytes / 2);
+        for (int w = 0; w < kWarpTiles; ++w) {
+          if (w < warp_tiles) {
+            const int row = row_of(piece) + w * kConsumers * kTileRows;
+            row_bounds[w][0] = p.bounds[row];  // early: they come from memory
+            row_bounds[w][1] = p.bounds[row + 8];
+          }
         }
       }
-#pragma unroll
-      for (int i = 0; i < kOwnBlocks; ++i) {
+      struct Rows {
+        uint4 upper, lower;
+      };
+      const auto load_rows = [&](int w, int i) {  // of the warp's tile w, block i
+        const std::byte* at = a + (w * kConsumers * blocks + i) * kBlockBytes;
+        return Rows{*reinterpret_cast<const uint4*>(at),
+                    *reinterpret_cast<const uint4*>(at + kBlockBytes / 2)};
+      };
+      const auto multiply = [&](int i, const Rows(&own)[kWarpTiles]) {
         const int block = first_block + i;
-        if (block >= blocks) break;
+        uint4 y[Groups];
 #pragma unroll
         for (int g = 0; g < Groups; ++g) {
-          uint4 y = make_uint4(0, 0, 0, 0);
+          y[g] = make_uint4(0, 0, 0, 0);
           if constexpr (Single) {
             if (lane < kSinglePlanes / 16) {
-              y = *reinterpret_cast<const uint4*>(
+              y[g] = *reinterpret_cast<const uint4*>(
                   own_planes + (chunk * kChunkBlocks + block) * kSinglePlanes + lane * 16);
             }
           } else {
-            y = *reinterpret_cast<const uint4*>(rows + kRowBytes + (block * Groups + g) * 512 +
-                                                lane * 16);
+            y[g] = *reinterpret_cast<const uint4*>(rows + kRowBytes + (block * Groups + g) * 512 +
+                                                   lane * 16);
           }
-          multiply_add(sums[g], upper[i].x, lower[i].x, upper[i].y, lower[i].y, y.x, y.y);
-          multiply_add(sums[g], upper[i].z, lower[i].z, upper[i].w, lower[i].w, y.z, y.w);
+        }
+        // In this order: products that add to the same sums wait for each other.
+#pragma unroll
+        for (int w = 0; w < kWarpTiles; ++w) {
+          if (w < warp_tiles) {
+            const uint4 u = own[w].upper, l = own[w].lower;
+#pragma unroll
+            for (int g = 0; g < Groups; ++g) {
+              multiply_add(sums[w][g], u.x, l.x, u.y, l.y, y[g].x, y[g].y);
+            }
+#pragma unroll
+            for (int g = 0; g < Groups; ++g) {
+              multiply_add(sums[w][g], u.z, l.z, u.w, l.w, y[g].z, y[g].w);
+            }
+          }
+        }
+      };
+      if constexpr (kWarpTiles == 1) {
+        Rows own[kOwnBlocks][1];
+#pragma unroll
+        for (int i = 0; i < kOwnBlocks; ++i) {
+          if (first_block + i < blocks) own[i][0] = load_rows(0, i);
+        }
+#pragma unroll
+        for (int i = 0; i < kOwnBlocks; ++i) {
+          if (first_block + i < blocks) multiply(i, own[i]);
+        }
+      } else {
+#pragma unroll 1  // the sums leave no registers for more
+        for (int i = 0; i < blocks; ++i) {
+          Rows own[kWarpTiles] = {load_rows(0, i)};
+          if (warp_tiles == 2) own[1] = load_rows(1, i);
+          multiply(i, own);
         }
       }
       __syncwarp();
@@ -290,23 +361,46 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
       if constexpr (kSharers > 1) {
         auto& handed = handed_over[turn % 2][tile_in_piece][lane];
         if (warp >= kPieceTiles) {
-          for (int j = 0; j < 4; ++j) handed[j] = sums[0][j];
+          for (int j = 0; j < 4; ++j) handed[j] = sums[0][0][j];
         }
         sync_threads<kConsumerThreads>();  // `states` is complete, too
         if (warp < kPieceTiles) {
-          for (int j = 0; j < 4; ++j) sums[0][j] += handed[j];
+          for (int j = 0; j < 4; ++j) sums[0][0][j] += handed[j];
         }
       } else if (turn == 0) {
         sync_threads<kConsumerThreads>();  // `states` is complete
       }
       ++turn;
-      if (warp < kPieceTiles) {
-        write_intervals<Groups>(p, states, row_of(piece), row_bounds, sums, best);
+#pragma unroll
+      for (int w = 0; w < kWarpTiles; ++w) {
+        if (w >= warp_tiles || warp >= kPieceTiles) continue;
+        const int row = row_of(piece) + w * kConsumers * kTileRows;
+        if constexpr (kMany) {
+          ManySums<Groups>& own = many[warp];
+#pragma unroll
+          for (int g = 0; g < Groups; ++g) {
+            *reinterpret_cast<int4*>(own.sums[g][lane]) =
+                make_int4(sums[w][g][0], sums[w][g][1], sums[w][g][2], sums[w][g][3]);
+          }
+#pragma unroll 2
+          for (int g = 0; g < Groups; ++g) {
+            write_intervals(p, states, 4 * g + lane % 4, row, row_bounds[w], own.sums[g][lane],
+                            own.best[g][lane]);
+          }
+        } else {
+#pragma unroll
+          for (int g = 0; g < Groups; ++g) {
+            write_intervals(p, states, 4 * g + lane % 4, row, row_bounds[w], sums[w][g], best[g]);
+          }
+        }
       }
 #pragma unroll
-      for (int g = 0; g < Groups; ++g) {
+      for (auto& of_tile : sums) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[g][j] = 0;
+        for (auto& of_group : of_tile) {
+#pragma unroll
+          for (std::int32_t& sum : of_group) sum = 0;
+        }
       }
     }
   }
@@ -318,11 +412,14 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
     view(threadIdx.x, p.rows[threadIdx.x].bound, p.rows[threadIdx.x].covered != 0);
   }
   __syncthreads();
-  for (int piece = blockIdx.x; piece < pieces && warp < kPieceTiles; piece += gridDim.x) {
-    const RowBound row_bounds[2] = {p.bounds[row_of(piece)], p.bounds[row_of(piece) + 8]};
+  // Here a piece is as many tiles as there are warps.
+  for (int first = blockIdx.x * kConsumers; first < tiles && warp < kConsumers;
+       first += gridDim.x * kConsumers) {
+    const int row = (first + warp) * kTileRows + lane / 4;
+    const RowBound row_bounds[2] = {p.bounds[row], p.bounds[row + 8]};
     std::int32_t sums[Groups][4] = {};
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      const Chunk at = chunk_at(chunk, piece * kPieceTiles + tile_in_piece, tiles, p.stride);
+      const Chunk at = chunk_at(chunk, first + warp, tiles, p.stride);
       const std::byte* a = p.copy + at.offset + lane * 16;
       const std::byte* b =
           p.planes + static_cast<std::size_t>(chunk) * kPlaneChunk<Groups> + lane * 16;
@@ -347,7 +444,10 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
         }
       }
     }
-    write_intervals<Groups>(p, states, row_of(piece), row_bounds, sums, best);
+#pragma unroll
+    for (int g = 0; g < Groups; ++g) {
+      write_intervals(p, states, 4 * g + lane % 4, row, row_bounds, sums[g], best[g]);
+    }
   }
 #endif
 
@@ -359,6 +459,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
 #pragma unroll
   for (int g = 0; g < Groups; ++g) {
     float value = best[g];
+    if constexpr (kMany) value = fmaxf(value, many[warp].best[g][lane]);
     for (int offset = 4; offset < kWarp; offset *= 2) {
       value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
     }
@@ -368,22 +469,34 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
   for (int s = threadIdx.x; s < p.n; s += blockDim.x) atomicMax(&p.rows[s].top, top[s]);
 }
 
+// Whole pieces for all of `blocks` as often as they last; the rest in as many pieces as blocks.
+template <int Groups, bool Single>
+Pieces cut(int tiles, int blocks) {
+  constexpr int kPieceTiles = kTiles<Groups, Single>;
+  if (kPieceTiles <= kConsumers) return {tiles / kPieceTiles, tiles / kPieceTiles};
+  const int halves = tiles / kConsumers;
+  const int rounds = halves / (2 * blocks), rest = halves - 2 * rounds * blocks;
+  const int whole = rounds * blocks + (rest > blocks ? rest - blocks : 0);
+  return {whole, halves - whole};
+}
+
 template <int Groups, bool Single>
 cudaError_t run(const Stage& stage, const Product& args) {
   const auto kernel = product_kernel<Groups, Single>;
-  const int pieces = static_cast<int>(int8_rows(args.vocab_size)) / (kTileRows * kTiles<Single>);
+  const int tiles = static_cast<int>(int8_rows(args.vocab_size)) / kTileRows;
   int stages = 0, per_multiprocessor = 1;
   std::size_t shared_bytes = 0;
   cudaError_t error;
   if (stage.overlap) {
     constexpr std::size_t kStageBytes =
-        kTiles<Single> * kTileBytes + (Single ? 0 : kPlaneChunk<Groups>);
-    constexpr std::size_t kReserved = 8192;  // barriers and the like
+        kTiles<Groups, Single> * kTileBytes + (Single ? 0 : kPlaneChunk<Groups>);
+    constexpr std::size_t kReserved =  // barriers and the like
+        8192 + (Groups < 4 ? 0 : (kConsumers + 1) * sizeof(ManySums<Groups>));
     const std::size_t planes = Single ? 2 * static_cast<std::size_t>(args.stride) : 0;
     const std::size_t room = stage.shared_bytes - kReserved;
     if (planes + kStageBytes > room) return cudaErrorInvalidConfiguration;
     stages = static_cast<int>((room - planes) / kStageBytes);
-    stages = stages < kMaxStages<Single> ? stages : kMaxStages<Single>;
+    stages = std::min(stages, kMaxStages<Groups, Single>);
     shared_bytes = stages * kStageBytes + planes;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes));
@@ -393,9 +506,9 @@ cudaError_t run(const Stage& stage, const Product& args) {
   }
   if (error != cudaSuccess) return error;
   const int resident = per_multiprocessor * stage.multiprocessors;
-  return launch(stage,
-                {dim3(pieces < resident ? pieces : resident), dim3(kProductThreads), shared_bytes},
-                kernel, args, stages);
+  const Pieces pieces = cut<Groups, Single>(tiles, resident);
+  return launch(stage, {dim3(std::min(pieces.all, resident)), dim3(kProductThreads), shared_bytes},
+                kernel, args, pieces, stages);
 }
 
 }  // namespace
