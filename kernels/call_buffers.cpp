@@ -20,7 +20,7 @@ absl::StatusOr<CallBuffers> make_call_buffers(const ClientShape& shape, bool cer
   INFEMERAL_RETURN(on_device(b.planes, plane_bytes(kMaxRows, s)));
   INFEMERAL_RETURN(on_device(b.half_rows, kEmbedRows * s));
   INFEMERAL_RETURN(on_device(b.rows, k));
-  INFEMERAL_RETURN(on_device(b.candidates, certified ? k * kMaxCandidates : 0));
+  INFEMERAL_RETURN(on_device(b.candidates, k * kMaxCandidates));
   INFEMERAL_RETURN(on_device(b.tokens, k));
   INFEMERAL_RETURN(on_device(b.seen, k * shape.seen_words));
   INFEMERAL_RETURN(on_device(b.encoded_blocks, 1));

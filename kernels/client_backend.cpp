@@ -161,8 +161,8 @@ class CudaClientBackend final : public ClientBackend {
     mailbox_.begin_call();
     for (int i = 0; i < m; ++i) {
       const Selection selection = mailbox_.write_request(i, requests[i]).selection;
-      if (!certified) continue;
-      key.scans |= selection != Selection::kGreedy && selection != Selection::kMinP;
+      if (mode_ == HeadMode::kInt8) continue;  // one kernel for all selections
+      key.scans |= needs_all_scores(selection);
       key.chooses |= selection != Selection::kGreedy;
     }
     mailbox_.write_rows(rows);
@@ -230,8 +230,13 @@ class CudaClientBackend final : public ClientBackend {
   absl::Status choose_full(int i, std::int32_t& token, PhaseTimes& times) {
     PhaseClock clock;
     mailbox_.ask_again(i);
-    INFEMERAL_RETURN(stages_.choose_full(i));
+    INFEMERAL_RETURN(stages_.choose_full(i, mailbox_.request(i)));
     INFEMERAL_RETURN(mailbox_.wait_for_result(i));
+    if (mailbox_.result(i).outcome == Outcome::kUncertain) {
+      mailbox_.ask_again(i);
+      INFEMERAL_RETURN(stages_.choose_among_all(i));
+      INFEMERAL_RETURN(mailbox_.wait_for_result(i));
+    }
     clock.lap(times.de_embed_ms);
     if (mailbox_.result(i).outcome == Outcome::kNotFinite) return not_finite();
     token = mailbox_.result(i).token;

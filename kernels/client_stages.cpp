@@ -144,8 +144,7 @@ absl::Status ClientStages::refine(const Rotate& product) const {
 
 absl::Status ClientStages::next_token(const HeadKey& key) const {
   INFEMERAL_RETURN(uncloak_rows(key.rows, key.dtype));
-  INFEMERAL_RETURN(options_.mode == HeadMode::kCertified ? choose_certified(key)
-                                                         : choose_from_logits(key.rows));
+  INFEMERAL_RETURN(de_embed_and_sample(key));
   if (key.rows > 1) return absl::OkStatus();
   // The token's own cloaked row, which the next step will ask for.
   INFEMERAL_CUDA(embed(stage(), lookup(state_.buffers.tokens.data(), 1)));
@@ -153,25 +152,43 @@ absl::Status ClientStages::next_token(const HeadKey& key) const {
                state_.mailbox.outgoing_next_row(&state_.buffers.rows.data()->request.sequence));
 }
 
-absl::Status ClientStages::choose_certified(const HeadKey& key) const {
-  const Sample args = sampling(0, key.rows);
-  INFEMERAL_RETURN(de_embed_int8(key.rows));
-  if (key.scans) INFEMERAL_CUDA(scan(stage(), args));
+absl::Status ClientStages::de_embed_and_sample(const HeadKey& key) const {
+  Sample args = sampling(0, key.rows);
+  switch (options_.mode) {
+    case HeadMode::kInt8:  // all its logits are approximate: there is no other head's token to find
+      INFEMERAL_RETURN(de_embed_int8(key.rows));
+      args.need_proof = true;
+      INFEMERAL_CUDA(cuda::choose_full(stage(), args));
+      return absl::OkStatus();
+    case HeadMode::kCertified:
+      INFEMERAL_RETURN(de_embed_int8(key.rows));
+      break;
+    default:
+      INFEMERAL_RETURN(de_embed_full(0, key.rows));
+      args.lower = args.upper;
+      args.known = true;
+  }
+  return sample(args, key.scans, key.chooses);
+}
+
+absl::Status ClientStages::sample(const Sample& args, bool scans, bool chooses) const {
+  if (args.known) INFEMERAL_CUDA(score_logits(stage(), args));
+  if (scans) INFEMERAL_CUDA(scan(stage(), args));
   INFEMERAL_CUDA(select(stage(), args));
-  if (key.chooses) INFEMERAL_CUDA(choose(stage(), args));
+  if (chooses) INFEMERAL_CUDA(choose(stage(), args));
   return absl::OkStatus();
 }
 
-absl::Status ClientStages::choose_from_logits(int n) const {
-  const bool approximate = options_.mode == HeadMode::kInt8;
-  INFEMERAL_RETURN(approximate ? de_embed_int8(n) : de_embed_full(0, n));
-  Sample args = sampling(0, n);
-  args.need_proof = approximate;
-  INFEMERAL_CUDA(cuda::choose_full(stage(), args));
-  return absl::OkStatus();
+absl::Status ClientStages::choose_full(int i, const RowRequest& request) const {
+  Sample args = sampling(i, 1);
+  args.lower = args.upper;
+  args.known = true;
+  INFEMERAL_CUDA(forget_candidates(stage(), args.rows));
+  INFEMERAL_RETURN(de_embed_full(i, 1));
+  return sample(args, needs_all_scores(request.selection), request.selection != Selection::kGreedy);
 }
 
-absl::Status ClientStages::choose_full(int i) const {
+absl::Status ClientStages::choose_among_all(int i) const {
   INFEMERAL_RETURN(de_embed_full(i, 1));
   INFEMERAL_CUDA(cuda::choose_full(stage(), sampling(i, 1)));
   return absl::OkStatus();

@@ -24,8 +24,8 @@ namespace infemeral::cuda {
 struct HeadKey {
   int rows = 1;
   WireDtype dtype = WireDtype::kF16;
-  bool scans = false;    // certified: a row's sampling needs all intervals
-  bool chooses = false;  // certified: a row is not greedy
+  bool scans = false;    // a row's sampling needs all scores
+  bool chooses = false;  // a row is not greedy
   auto operator<=>(const HeadKey&) const = default;
 };
 
@@ -56,8 +56,10 @@ class ClientStages {
   // buffers.upper.
   absl::Status de_embed_full(int first, int n) const;
   FullHead full_product(int first, int n) const;
-  // The full head's token for row i: de_embed, sample.
-  absl::Status choose_full(int i) const;
+  // The full head's token for row i: de_embed, sample. It can be uncertain; not so the other's,
+  // which takes longer.
+  absl::Status choose_full(int i, const RowRequest& request) const;
+  absl::Status choose_among_all(int i) const;
 
  private:
   const Stage& stage() const { return state_.device.stage; }
@@ -68,8 +70,8 @@ class ClientStages {
   absl::Status decode(int n, WireDtype dtype) const;
   absl::Status uncloak(int n, WireDtype dtype) const;
   absl::Status refine(const Rotate& product) const;
-  absl::Status choose_certified(const HeadKey& key) const;
-  absl::Status choose_from_logits(int n) const;
+  absl::Status de_embed_and_sample(const HeadKey& key) const;
+  absl::Status sample(const Sample& args, bool scans, bool chooses) const;
   Sample sampling(int first, int n) const;
 
   const ClientState& state_;

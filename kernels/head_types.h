@@ -25,6 +25,11 @@ enum class Selection : std::int32_t {
   kUnlimited  // temperature alone: those that can win with their Gumbel noise
 };
 
+// All others but greedy and min-p, which know their threshold from the largest score alone.
+inline constexpr bool needs_all_scores(Selection selection) {
+  return selection != Selection::kGreedy && selection != Selection::kMinP;
+}
+
 struct RowRequest {  // host -> device
   float inverse_temperature;
   float repetition_penalty;
@@ -68,7 +73,8 @@ struct RowState {
   StageTimes times;
   StateBound bound;
   std::int32_t finite;
-  std::int32_t covered;       // the proof holds for this state
+  std::int32_t covered;  // the proof holds for this state
+  // From here on: what forget_candidates forgets.
   std::uint32_t top;          // ordered(largest lower end)
   std::uint32_t best_noisy;   // ordered(largest lower end plus noise), kUnlimited only
   std::uint32_t claimed;      // row 0: pieces of lm_head that blocks have claimed

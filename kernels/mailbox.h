@@ -66,6 +66,7 @@ class Mailbox {
   // Device time from the beginning of the lookup to its end.
   double lookup_ms() const;
   const RowResult& result(int i) const { return results_[i]; }
+  const RowRequest& request(int i) const { return requests_[i]; }
   const std::byte* next_row() const { return next_row_.data(); }
 
   // --- addresses for kernels ---

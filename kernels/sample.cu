@@ -2,6 +2,8 @@
 
 #include <curand_kernel.h>
 
+#include <cstddef>
+
 #include "kernels/common.cuh"
 #include "kernels/dot.cuh"
 #include "kernels/filters.cuh"
@@ -11,6 +13,7 @@
 namespace infemeral::cuda {
 namespace {
 
+constexpr int kScoreThreads = 256;
 constexpr int kScanThreads = 512;
 constexpr int kSelectThreads = 256;
 constexpr int kBlockCandidates = 1024;  // that one block of select can take
@@ -54,6 +57,40 @@ __device__ float gumbel_noise_near(const RowRequest& request, int token) {
   return -logf(-log_uniform);
 }
 
+// --- score ---
+
+__global__ void __launch_bounds__(kScoreThreads) score_kernel(Sample p) {
+  let_next_start();
+  wait_for_previous();
+  RowState& state = p.rows[blockIdx.y];
+  if (blockIdx.x == 0 && threadIdx.x == 0) state.times.sample = global_ns();
+  float* scores = p.upper + blockIdx.y * score_stride(p.vocab_size);
+  const Scorer score(state.request, p.seen + static_cast<std::size_t>(blockIdx.y) * p.seen_words);
+  float top = -HUGE_VALF;
+  const auto score_one = [&](float& value, int i) {
+    if (i >= p.vocab_size) return;
+    value = score(value, i);
+    top = isfinite(value) ? fmaxf(top, value) : HUGE_VALF;  // infinite from then on
+  };
+  const int step = 4 * static_cast<int>(gridDim.x * blockDim.x);
+  for (int i = 4 * static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < p.vocab_size;
+       i += step) {
+    float4 four = *reinterpret_cast<const float4*>(scores + i);
+    score_one(four.x, i);
+    score_one(four.y, i + 1);
+    score_one(four.z, i + 2);
+    score_one(four.w, i + 3);
+    *reinterpret_cast<float4*>(scores + i) = four;
+  }
+  top = block_reduce(top, -HUGE_VALF, Max());
+  if (threadIdx.x == 0) atomicMax(&state.top, ordered(top));
+}
+
+// Whether the candidates' policy applies to a row: its comparisons need finite scores.
+__device__ bool covers(const Sample& p, const RowState& state) {
+  return p.known ? isfinite(from_ordered(state.top)) : state.covered != 0;
+}
+
 // --- scan ---
 
 __device__ int bin_of(float top, float score) {
@@ -82,10 +119,10 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(Sample p) {
   RowState& state = p.rows[blockIdx.y];
   const RowRequest request = state.request;
   const float top = from_ordered(state.top);
-  if (blockIdx.x == 0 && threadIdx.x == 0) state.times.sample = global_ns();
+  if (blockIdx.x == 0 && threadIdx.x == 0 && !p.known) state.times.sample = global_ns();
   const bool unlimited = request.selection == Selection::kUnlimited;
-  if (!state.covered || !(unlimited || request.selection == Selection::kTopK ||
-                          request.selection == Selection::kNucleus)) {
+  if (!covers(p, state) || !(unlimited || request.selection == Selection::kTopK ||
+                             request.selection == Selection::kNucleus)) {
     return;
   }
   for (int b = threadIdx.x; b < kBins; b += blockDim.x) bins[b] = {};
@@ -131,8 +168,9 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(Sample p) {
 
 // --- results ---
 
-__device__ int candidate_limit(int vocab_size) {
-  return min(kMaxCandidates, max(256, vocab_size / 4));
+// More would not pay, where they must be rescored.
+__device__ int candidate_limit(const Sample& p) {
+  return p.known ? kMaxCandidates : min(kMaxCandidates, max(256, p.vocab_size / 4));
 }
 
 // What a result tells beside the token. Read as early as it is known: each look at the state is a
@@ -154,7 +192,7 @@ __device__ void finish(const Sample& p, int row, int token, Outcome outcome, con
   RowResult& result = p.results[row];
   result.token = token;
   result.outcome = outcome;
-  result.rows_rescored = outcome == Outcome::kToken ? ending.candidates : 0;
+  result.rows_rescored = outcome == Outcome::kToken && !p.known ? ending.candidates : 0;
   result.times = ending.times;
   result.times.end = global_ns();
   __threadfence_system();
@@ -237,7 +275,7 @@ __device__ int nucleus_edge(float top_p, float top, const Bin& own, const Bin& d
 
 // Greedy rows need no more than the best candidate: the last block of the row to arrive here hands
 // it to the host.
-__device__ void finish_greedy(const Sample& p, RowState& state) {
+__device__ void finish_greedy(const Sample& p, RowState& state, bool covered) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -245,12 +283,12 @@ __device__ void finish_greedy(const Sample& p, RowState& state) {
   __threadfence();
   const volatile RowState& now = state;
   const unsigned long long best = now.best;
-  const bool finite = now.finite, covered = now.covered;
+  const bool finite = now.finite;
   const Ending ending = ending_of(now);
   const std::uint32_t n = ending.candidates;
   if (!finite) {
     finish(p, blockIdx.y, 0, Outcome::kNotFinite, ending);
-  } else if (!covered || n == 0 || n > static_cast<std::uint32_t>(candidate_limit(p.vocab_size))) {
+  } else if (!covered || n == 0 || n > static_cast<std::uint32_t>(candidate_limit(p))) {
     finish(p, blockIdx.y, 0, Outcome::kUncertain, ending);
   } else {
     const int token = static_cast<int>(~static_cast<std::uint32_t>(best));
@@ -290,7 +328,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   // All that is needed at once, whether or not it will be used.
   load_upper(own_first);
   const RowRequest request = state.request;
-  const bool covered = state.covered;
+  const bool covered = covers(p, state);
   const float top = from_ordered(state.top);
   static_assert(kSelectThreads == kSummed);
   Bin own_bin = {}, deep_bin = {};  // the thread's, from the top and from the deep end
@@ -300,11 +338,13 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   }
   const bool leads = blockIdx.x == 0 && threadIdx.x == 0;
   if (leads && state.times.sample == 0) state.times.sample = global_ns();
-  load_states(p.states + static_cast<std::size_t>(blockIdx.y) * p.stride, 1, p.stride,
-              shared_state);
+  if (!p.known) {
+    load_states(p.states + static_cast<std::size_t>(blockIdx.y) * p.stride, 1, p.stride,
+                shared_state);
+  }
   const bool greedy = request.selection == Selection::kGreedy;
   if (!covered) {
-    if (greedy) finish_greedy(p, state);
+    if (greedy) finish_greedy(p, state, covered);
     return;
   }
   if (threadIdx.x == 0) found = 0;
@@ -324,8 +364,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
       if (request.top_p >= 1 && request.min_p > 0) threshold = top + logf(request.min_p);
       break;
     case Selection::kNucleus:
-      edge = nucleus_edge(request.top_p, top, own_bin, deep_bin, candidate_limit(p.vocab_size),
-                          depths);
+      edge = nucleus_edge(request.top_p, top, own_bin, deep_bin, candidate_limit(p), depths);
       break;
     case Selection::kUnlimited:
       threshold = from_ordered(state.best_noisy);
@@ -360,7 +399,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   }
   __syncthreads();
   if (found == 0) {
-    if (greedy) finish_greedy(p, state);
+    if (greedy) finish_greedy(p, state, covered);
     return;
   }
   int place = 0;
@@ -370,7 +409,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
     place = static_cast<int>(atomicAdd(&state.candidates, claimed));
   }
   if (found > kBlockCandidates) {
-    if (greedy) finish_greedy(p, state);
+    if (greedy) finish_greedy(p, state, covered);
     return;
   }
   // A row a warp, or two when there are more: a row's way from memory is what takes time.
@@ -379,13 +418,13 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   const auto row_of = [&](int c) {
     return p.lm_head + static_cast<std::size_t>(ids[c]) * p.stride;
   };
-  if (found <= kWarps && warp < found) {
+  if (found <= kWarps && warp < found && !p.known) {
     const __half* const row[1] = {row_of(warp)};
     float sum[1][1];
     dot_rows<1, 1, 16>(row, shared_state, p.stride, sum);
     if (threadIdx.x % kWarp == 0) logits[warp] = sum[0][0];
   }
-  for (int c = warp; c < found && found > kWarps; c += 2 * kWarps) {
+  for (int c = warp; c < found && found > kWarps && !p.known; c += 2 * kWarps) {
     const int second = min(c + kWarps, found - 1);
     const __half* const rows[2] = {row_of(c), row_of(second)};
     float sum[2][1];
@@ -400,7 +439,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   const Scorer score(request, p.seen + static_cast<std::size_t>(blockIdx.y) * p.seen_words);
   ScoredToken* out = p.candidates + static_cast<std::size_t>(blockIdx.y) * kMaxCandidates;
   for (int c = threadIdx.x; c < found; c += kSelectThreads) {
-    const float value = score(logits[c], ids[c]);
+    const float value = p.known ? upper[ids[c]] : score(logits[c], ids[c]);
     if (greedy) {
       atomicMax(&state.best, static_cast<unsigned long long>(ordered(value)) << 32 |
                                  ~static_cast<std::uint32_t>(ids[c]));
@@ -408,7 +447,7 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
       out[base + c] = {value, ids[c]};
     }
   }
-  if (greedy) finish_greedy(p, state);
+  if (greedy) finish_greedy(p, state, covered);
 }
 
 // --- choose ---
@@ -486,7 +525,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
   for (int i = 0; i < kOwn; ++i) own[i] = items[threadIdx.x + i * kChooseThreads];
   const RowRequest request = state.request;
   const Ending ending = ending_of(state);
-  const bool finite = state.finite, covered = state.covered;
+  const bool finite = state.finite, covered = covers(p, state);
   const std::uint32_t edge = state.edge;
   Bin bin = {};
   if (threadIdx.x < kBins) bin = state.bins[threadIdx.x];
@@ -494,7 +533,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
   if (request.selection == Selection::kGreedy) return;  // select has done it
   const int n = static_cast<int>(ending.candidates);
   int token = -1;
-  if (finite && covered && n > 0 && n <= candidate_limit(p.vocab_size)) {
+  if (finite && covered && n > 0 && n <= candidate_limit(p)) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) cached[threadIdx.x + i * kChooseThreads] = own[i];
     __syncthreads();
@@ -537,6 +576,19 @@ int blocks_for(const Stage& stage, int n, int per_multiprocessor) {
 
 }  // namespace
 
+cudaError_t score_logits(const Stage& stage, const Sample& args) {
+  const int useful = (args.vocab_size + 4 * kScoreThreads - 1) / (4 * kScoreThreads);
+  const int most = blocks_for(stage, args.n, 4);
+  return launch(stage, {dim3(useful < most ? useful : most, args.n), dim3(kScoreThreads)},
+                score_kernel, args);
+}
+
+cudaError_t forget_candidates(const Stage& stage, RowState* row) {
+  constexpr std::size_t kBegin = offsetof(RowState, top);
+  return cudaMemsetAsync(reinterpret_cast<std::byte*>(row) + kBegin, 0, sizeof(RowState) - kBegin,
+                         stage.stream);
+}
+
 cudaError_t scan(const Stage& stage, const Sample& args) {
   // Every block adds its bins to the row's: not more blocks than have something to count.
   const int useful = (args.vocab_size + 2 * kScanThreads - 1) / (2 * kScanThreads);
@@ -546,7 +598,7 @@ cudaError_t scan(const Stage& stage, const Sample& args) {
 }
 
 cudaError_t select(const Stage& stage, const Sample& args) {
-  const auto shared_bytes = sizeof(float) * args.stride;
+  const auto shared_bytes = args.known ? 0 : sizeof(float) * args.stride;
   if (shared_bytes > 32 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
         select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

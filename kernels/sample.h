@@ -1,5 +1,6 @@
 // Choosing tokens on the device, without sorting the vocabulary: engine/sampling.h and the
-// candidate policy of engine/certified_head.h.
+// candidate policy of engine/certified_head.h. After the int8 product: scan, select, choose. After
+// a full one: score_logits, then the same three with `known`.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -16,7 +17,7 @@ struct Sample {
   int stride = 0;
   RowState* rows = nullptr;
   const float* lower = nullptr;     // n x score_stride(V)
-  float* upper = nullptr;           // the same; choose_full: logits
+  float* upper = nullptr;           // the same; of a full product: logits
   const __half* lm_head = nullptr;  // V x stride; device memory or mapped host memory
   const float* states = nullptr;    // n x stride
   const std::uint32_t* seen = nullptr;
@@ -24,7 +25,8 @@ struct Sample {
   ScoredToken* candidates = nullptr;  // n x kMaxCandidates
   RowResult* results = nullptr;       // mapped
   std::int32_t* tokens = nullptr;     // n, on the device: for the next embedding
-  bool need_proof = false;            // choose_full: a state that is not covered is uncertain
+  bool known = false;       // lower and upper are one array, of scores: nothing is rescored
+  bool need_proof = false;  // choose_full: a state that is not covered is uncertain
 };
 
 // What must be known about all intervals before candidates can be told: bins for top-k and top-p,
@@ -35,7 +37,13 @@ cudaError_t scan(const Stage& stage, const Sample& args);
 cudaError_t select(const Stage& stage, const Sample& args);
 // Filters and draw, and the result to the host: for rows that are not greedy.
 cudaError_t choose(const Stage& stage, const Sample& args);
-// The same when every token is a candidate: `upper` holds the logits, overwritten.
+// Logits in `upper` become scores, and their largest is told, for rows that no product has left its
+// ends in. Rows with scores that are not finite are uncertain.
+cudaError_t score_logits(const Stage& stage, const Sample& args);
+// Makes the row ready for score_logits.
+cudaError_t forget_candidates(const Stage& stage, RowState* row);
+// Filters and draw with every token as a candidate, by one block a row: what the others find
+// uncertain. `upper` holds the logits, overwritten.
 cudaError_t choose_full(const Stage& stage, const Sample& args);
 
 }  // namespace infemeral::cuda

@@ -163,7 +163,8 @@ class Head {
     kernels_.decode(rows_);
     uncloak();
     kernels_.full_head(rows_);
-    kernels_.choose_full(rows_);
+    kernels_.score_logits(rows_);
+    kernels_.select(rows_, true);
   }
   void cublas(cublasHandle_t handle) {
     const float one = 1, zero = 0;

@@ -62,7 +62,7 @@ std::span<const float> state(const Problem& p, const Batch& batch, std::size_t i
 }
 
 struct Tally {
-  std::size_t cases = 0, shown = 0, rescored = 0, near_ties = 0;
+  std::size_t cases = 0, shown = 0, rescored = 0, known = 0, near_ties = 0;
 };
 
 // Every row's certified token is the full head's, and that is the Sampler's.
@@ -86,6 +86,13 @@ void compare(DeviceHead& head, const Problem& p, const Batch& batch, Tally& tall
       REQUIRE(last_bits_decide(logits, request, expected, full.token));
       ++tally.near_ties;
     }
+    const cuda::RowResult& known = answers.known[i];
+    REQUIRE(known.outcome != Outcome::kNotFinite);
+    if (known.outcome == Outcome::kToken) {
+      ++tally.known;
+      CHECK(known.token == full.token);
+      CHECK(known.rows_rescored == 0);
+    }
     REQUIRE(certified.outcome != Outcome::kNotFinite);
     if (certified.outcome != Outcome::kToken) continue;
     REQUIRE(answers.rows[i].covered == 1);
@@ -103,7 +110,8 @@ void compare_many(DeviceHead& head, const Kind& kind, std::size_t cases, Tally& 
     for (int i = 0; i < 6; ++i) compare(head, p, random_batch(kind, p), tally);
   }
   std::cout << kind.name << ": " << tally.shown << " of " << tally.cases << " certified, "
-            << tally.rescored << " rows read in float16, " << tally.near_ties
+            << tally.rescored << " rows read in float16, " << tally.known
+            << " told from all logits' candidates, " << tally.near_ties
             << " draws decided by last bits\n";
   // All but impossible: a draw that close, or a cut.
   CHECK(tally.near_ties <= tally.cases / 1000);
@@ -163,6 +171,7 @@ TEST_CASE("the device's certified head gives its full head's token: 100,000 rand
   // A proof that never succeeds would pass too.
   CHECK(tally.shown > 0.9 * static_cast<double>(tally.cases));
   CHECK(tally.rescored >= tally.shown);
+  CHECK(tally.known > 0.95 * static_cast<double>(tally.cases));
 }
 
 TEST_CASE("the device's certified head gives its full head's token: every kind of difficulty") {

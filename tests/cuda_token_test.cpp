@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/client_backend.h"
+#include "kernels/mailbox.h"
 #include "tests/client_fixture.h"
 #include "tests/head_problems.h"
 #include "tests/test_random.h"
@@ -168,9 +169,14 @@ TEST_CASE("a warm decode token is one graph launch, and its row is there already
           const std::uint64_t full_passes = backend->head_counters().full_passes;
           const Step step = decode_token(*backend, returned_row(client, dtype), dtype, request);
           const bool proven = backend->head_counters().full_passes == full_passes;
-          // Without a proof the full head follows, two kernels, and its token's row is another
+          // Without a proof the full head follows, kernel by kernel, and its token's row is another
           // graph.
-          const Calls without = {{"cudaGraphLaunch", 2}, {"cudaLaunchKernelExC", 2}};
+          const auto selection =
+              cuda::row_request(request, static_cast<int>(client.vocab), 1).selection;
+          const int kernels =
+              3 + cuda::needs_all_scores(selection) + (selection != cuda::Selection::kGreedy);
+          const Calls without = {
+              {"cudaGraphLaunch", 2}, {"cudaMemsetAsync", 1}, {"cudaLaunchKernelExC", kernels}};
           CHECK(step.calls == (proven ? one_launch : without));
           n_proven += proven;
 

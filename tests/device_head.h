@@ -27,7 +27,7 @@ struct Batch {
 };
 
 struct Answers {
-  std::vector<cuda::RowResult> certified, full;
+  std::vector<cuda::RowResult> certified, known, full;
   std::vector<float> lower, upper, logits;  // n x score_stride(V)
   std::vector<cuda::RowState> rows;         // behind the product
 };
@@ -59,7 +59,8 @@ class DeviceHead {
     kernels_.wait();
   }
 
-  // decode, product, scan, select and choose as the backend does; then the full head.
+  // decode, product, scan, select and choose as the backend does; then the full head, once with the
+  // candidates' kernels, once with every token as a candidate.
   Answers run(const Batch& batch) {
     const int n = batch.n();
     const std::size_t scores = n * score_stride();
@@ -69,8 +70,7 @@ class DeviceHead {
                          [&](auto& request) { return is(request.selection); });
     };
     using cuda::Selection;
-    const bool scans =
-        any([](Selection s) { return s != Selection::kGreedy && s != Selection::kMinP; });
+    const bool scans = any(cuda::needs_all_scores);
     const bool chooses = any([](Selection s) { return s != Selection::kGreedy; });
     begin(batch);
     kernels_.int8_head(n);
@@ -83,8 +83,17 @@ class DeviceHead {
     if (chooses) kernels_.choose(n);
     answers.certified = finish(n);
 
+    kernels_.forget_candidates(n);
+    poison(kernels_.buffers.candidates);
     kernels_.full_head(n);
     answers.logits = take(kernels_.buffers.upper, scores);
+    kernels_.score_logits(n);
+    if (scans) kernels_.scan(n, true);
+    kernels_.select(n, true);
+    if (chooses) kernels_.choose(n, true);
+    answers.known = finish(n);
+
+    put(kernels_.buffers.upper.data(), answers.logits.data(), scores * sizeof(float));
     kernels_.choose_full(n);
     answers.full = finish(n);
     return answers;

@@ -147,9 +147,20 @@ class HeadKernels {
                                   .started = &buffers.rows.data()->times.de_embed}),
           "full_head");
   }
-  void scan(int n) { check(cuda::scan(stage, sampling(n)), "scan"); }
-  void select(int n) { check(cuda::select(stage, sampling(n)), "select"); }
-  void choose(int n) { check(cuda::choose(stage, sampling(n)), "choose"); }
+  // The last four with `known`: after full_head.
+  void score_logits(int n) { check(cuda::score_logits(stage, sampling(n, true)), "score_logits"); }
+  void scan(int n, bool known = false) { check(cuda::scan(stage, sampling(n, known)), "scan"); }
+  void select(int n, bool known = false) {
+    check(cuda::select(stage, sampling(n, known)), "select");
+  }
+  void choose(int n, bool known = false) {
+    check(cuda::choose(stage, sampling(n, known)), "choose");
+  }
+  void forget_candidates(int n) {
+    for (int i = 0; i < n; ++i) {
+      check(cuda::forget_candidates(stage, buffers.rows.data() + i), "forget_candidates");
+    }
+  }
   void choose_full(int n) { check(cuda::choose_full(stage, sampling(n)), "choose_full"); }
 
   const cuda::Stage stage;
@@ -163,12 +174,12 @@ class HeadKernels {
   cuda::Array<std::byte> wire;  // returned rows
 
  private:
-  cuda::Sample sampling(int n) const {
+  cuda::Sample sampling(int n, bool known = false) const {
     return {.n = n,
             .vocab_size = shape.vocab_size,
             .stride = shape.stride,
             .rows = buffers.rows.data(),
-            .lower = buffers.lower.data(),
+            .lower = known ? buffers.upper.data() : buffers.lower.data(),
             .upper = buffers.upper.data(),
             .lm_head = weights.lm_head.data(),
             .states = buffers.states.data(),
@@ -176,7 +187,8 @@ class HeadKernels {
             .seen_words = shape.seen_words,
             .candidates = buffers.candidates.data(),
             .results = results.data(),
-            .tokens = buffers.tokens.data()};
+            .tokens = buffers.tokens.data(),
+            .known = known};
   }
 };
 
