@@ -11,6 +11,7 @@
 #include "net/tls.h"
 #include "tools/cli.h"
 #include "tools/console.h"
+#include "tools/heap.h"
 #include "tools/metrics_endpoint.h"
 #include "tools/signals.h"
 
@@ -103,6 +104,7 @@ void raise_descriptor_limit() {
 int serve(const ServeOptions& options, SignalStop& signals) {
   const Console console({.quiet = options.quiet, .verbose = options.verbose});
   raise_descriptor_limit();
+  fix_heap_thresholds();
   const auto fail = [&](const absl::Status& status) {
     console.error(status);
     return kExitUsage;
@@ -130,6 +132,7 @@ int serve(const ServeOptions& options, SignalStop& signals) {
                                  .tls = std::move(tls),
                                  .log = console.sink()});
   if (!server.ok()) return fail(server.status());
+  const HeapTrimmer trimmer(**server);
   std::unique_ptr<MetricsEndpoint> metrics;
   if (!options.metrics.empty()) {
     auto opened = MetricsEndpoint::open(options.metrics, **server);
