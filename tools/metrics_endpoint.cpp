@@ -3,9 +3,11 @@
 #include <prometheus/collectable.h>
 #include <prometheus/exposer.h>
 #include <prometheus/metric_family.h>
+#include <unistd.h>
 
 #include <charconv>
 #include <exception>
+#include <fstream>
 #include <limits>
 #include <vector>
 
@@ -39,6 +41,12 @@ MetricFamily build_info() {
   MetricFamily result = gauge("infemeral_build_info", "What is running; always 1.", 1);
   result.metric.front().label = {{"version", kVersion}, {"revision", kGitRevision}};
   return result;
+}
+
+std::uint64_t resident_bytes() {
+  std::uint64_t size = 0, resident = 0;  // pages
+  std::ifstream("/proc/self/statm") >> size >> resident;
+  return resident * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
 }
 
 MetricFamily latency(const StepLatency& steps) {
@@ -83,6 +91,9 @@ class ServerMetrics final : public prometheus::Collectable {
         gauge("infemeral_open_sessions", "Sessions that are open.", c.open_sessions),
         gauge("infemeral_waiting_steps", "Steps behind the run in progress.", c.waiting_steps),
         gauge("infemeral_kv_cache_bytes", "KV caches of the open sessions.", c.kv_bytes),
+        // Prometheus's own name for it.
+        gauge("process_resident_memory_bytes", "Resident memory, the mapped weights included.",
+              resident_bytes()),
     };
   }
 

@@ -87,7 +87,7 @@ def main():
             text, after = server.metrics()
 
             for name, family in after.items():
-                assert re.fullmatch(r"infemeral_[a-z_]+|exposer_\w+", name), name
+                assert re.fullmatch(r"(infemeral|process)_[a-z_]+|exposer_\w+", name), name
                 assert family.documentation, name
                 if family.type == "counter":
                     assert all(s.name.endswith("_total") for s in family.samples
@@ -98,6 +98,10 @@ def main():
             assert value(after, "infemeral_handshakes_total") == 1
             assert value(after, "infemeral_connections_refused_total") == 1
             assert value(after, "infemeral_build_info") == 1
+            resident = re.search(r"VmRSS:\s+(\d+)", pathlib.Path(
+                f"/proc/{server.process.pid}/status").read_text())[1]
+            told = value(after, "process_resident_memory_bytes")
+            assert 0.8 < told / (int(resident) * 1024) < 1.25, (told, resident)
             histogram = after["infemeral_step_duration_seconds"]
             assert histogram.type == "histogram"
             buckets = [(float(s.labels["le"]), s.value) for s in histogram.samples
