@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreshold = 128 * 1024;
 
 // Two looks that find the same are rest: nobody decodes who is about to come back. A trim takes
-// 0.2 ms and locks one arena after the other, so a step that comes meanwhile may wait for a part of
+// 0.4 ms and locks one arena after the other, so a step that comes meanwhile may wait for a part of
 // that. One that runs for longer than this does not: it computes in buffers that it has.
 constexpr std::chrono::milliseconds kLook{100};
 
@@ -56,7 +56,7 @@ void trim_at_rest(const BodyServer& server, const std::stop_token& stop) {
 // after the first long prompts, or the first large buffer, the blocks of all later ones come from
 // its arenas, one for each few of gRPC's threads. There they stay when they are freed, below
 // whatever small block is still in use. To set a threshold ends that rule. The price is new pages
-// for every large block: 1.3 ms of the system's time for each MB of a prompt's rows
+// for every large block: at most 1.4 ms of the system's time for each MB of a prompt's rows
 // (perf/prefill_line), for which a body on the CPU computes for hundreds. A decode step has none.
 void fix_heap_thresholds() {
   ::mallopt(M_MMAP_THRESHOLD, kThreshold);
