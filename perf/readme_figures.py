@@ -84,6 +84,30 @@ def private_generation(results):
             + table(("milliseconds", "median", "p99"), rows))
 
 
+def on_a_gpu(results):
+    report, link = results.json("h?00-*/report.json")
+    environment = report["environment"]
+    cases = {(case["name"], case["backend"]): case for case in report["cases"]}
+    rows = [(text, *(digits(cases[name, backend]["p50_ms"]) for backend in ("cpu", "cuda")))
+            for name, text in (("ttft", "first token of a short prompt"), ("decode", "every token after it"),
+                               ("head", "of a token, the client's work alone"))]
+    return (f"The same model with its body on {cores(environment['logical_cores'])} of {environment['cpu']}, and the client "
+            f"there or on an {environment['gpus'][0]} beside them ({link}):\n\n"
+            + table(("milliseconds, medians", "client on the CPU", "client on the GPU"), rows))
+
+
+def larger_bodies(results):
+    one, link = results.json("h?00-*/serve_torch-8b.json")
+    two, _ = results.json("h?00-*/serve_torch-70b.json")
+    rows = []
+    for shape, report in (("Llama 3 8B's shape, float16", one), ("Llama 3 70B's shape, bfloat16", two)):
+        mode = list(report["modes"].values())[-1]
+        rows.append((f"{shape}, {report['n_gpus']} x {report['gpus'][0]}", digits(mode["step_ms"]["p50_ms"]),
+                     digits(report["limit_ms"]), digits(mode["tokens_per_s"])))
+    return (f"Larger bodies on PyTorch (`tools/serve_torch`, random weights, one session; {link}):\n\n"
+            + table(("", "step, ms", "reading the weights once, ms", "tokens a second"), rows))
+
+
 def beside_llama_cpp(results):
     system, link = results.json("cpu-system-*/f16-sessions.json")
     run = max(system["runs"], key=lambda run: run["threads"])
@@ -102,9 +126,9 @@ def beside_llama_cpp(results):
 
 def client_work(results):
     cpu, cpu_link = results.json("cpu-2*/cpu_peers-16-cores.json")
-    tokens, gpu_link = results.json_lines("h100-*/client_token.jsonl")
-    peers, _ = results.json("h100-*/gpu_peers.json")
-    kernels, _ = results.json_lines("h100-*/kernels_bench.jsonl")
+    tokens, gpu_link = results.json_lines("h?00-*/client_token.jsonl")
+    peers, _ = results.json("h?00-*/gpu_peers.json")
+    kernels, _ = results.json_lines("h?00-*/kernels_bench.jsonl")
     shape = cpu["shape"]
     vocab, hidden = (int(n) for n in shape.split("x"))
     gpu_peer = next(s for s in peers["shapes"] if (s["vocab_size"], s["hidden_size"]) == (vocab, hidden))
@@ -113,7 +137,9 @@ def client_work(results):
     def row(what, ours, theirs, against):
         rows.append((what, digits(ours), f"{digits(theirs)} ({against})", f"{ours / theirs:.2f}"))
     for name, field, ours in (("greedy", "greedy", "certified greedy"), ("top-p 0.9", "top_p", "certified top-p")):
-        dtype, theirs = min(((d, t[field]) for d, t in cpu["torch_token_ms"]["median"].items()), key=lambda x: x[1])
+        # PyTorch's int8 is measured too; its tokens are not the model's.
+        dtype, theirs = min(((d, t[field]) for d, t in cpu["torch_token_ms"]["median"].items() if d != "int8"),
+                            key=lambda x: x[1])
         row(f"{cpu['threads']} CPU cores, {name}", cpu["ours"]["ms"][ours]["median"], theirs, f"PyTorch, {dtype}")
     environment = peers["environment"]
     for name, sampling, eager in (("greedy", "greedy", "greedy"), ("top-p 0.9", "top-p 0.9, T 0.7", "sampled")):
@@ -133,7 +159,8 @@ def client_work(results):
 
 
 def speed(results):
-    return "\n\n".join((private_generation(results), beside_llama_cpp(results), client_work(results))) + "\n"
+    parts = (private_generation, beside_llama_cpp, client_work, on_a_gpu, larger_bodies)
+    return "\n\n".join(part(results) for part in parts) + "\n"
 
 
 def profile(results):
