@@ -152,6 +152,7 @@ class TorchModel:
         self._page_shape = (PAGE, k_proj.shape[0] // head_dim, head_dim)
         self._n_pages = 0
         self._resize(max(options.pages, 2))
+        self._decodes = self.device.type == "cuda" and self._try_decode_attention()
         self._compiled = False
         self._graphs: dict[tuple[int, int], "DecodeGraph"] = {}
         self._batches = buckets(options.max_batch)
@@ -214,7 +215,7 @@ class TorchModel:
 
     def forward(self, states, positions, slots, table, back: int = 1) -> torch.Tensor:
         """The same on the device, as it is captured."""
-        if states.shape[1] == 1 and states.is_cuda and decode_attention is not None:
+        if states.shape[1] == 1 and self._decodes:
             bias = states.new_empty(0)
         else:
             bias = self._bias(positions, table.shape[1] * PAGE)
@@ -237,6 +238,28 @@ class TorchModel:
         return bias.reshape(b, 1, self._group * t, size)
 
     # ---- single rows, fast ----
+
+    @torch.no_grad()
+    def _try_decode_attention(self) -> bool:
+        """Whether Triton works here: it needs a C compiler at run time. Row 0 of page 0, which
+        belongs to nobody, is written."""
+        try:
+            if decode_attention is None:
+                raise ImportError("this PyTorch has no Triton")
+            attention = self._attentions[0]
+            kv_heads, head_dim = self._page_shape[1:]
+            zeros = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+            rows = torch.zeros((1, kv_heads * self._group, 1, head_dim), dtype=self.dtype,
+                               device=self.device)
+            decode_attention(rows, rows[:, :kv_heads], rows[:, :kv_heads], attention.key_pages,
+                             attention.value_pages, zeros, zeros, zeros, 1.0)
+            torch.cuda.synchronize(self.device)
+            return True
+        except Exception as error:  # of many kinds, from Triton and from what it calls
+            self._options.log("warning", f"Triton does not work here ({type(error).__name__}); "
+                                         "single rows attend by PyTorch's own, slower kernels")
+            logging.getLogger(__name__).debug("Triton", exc_info=error)
+            return False
 
     def _compile(self) -> None:
         # A rank of several has its share of the weights as transformers' plan laid it out.
