@@ -17,9 +17,10 @@ if(INFEMERAL_CUDA)
     message(FATAL_ERROR "INFEMERAL_CUDA is on and there is no nvcc: install the CUDA Toolkit, or "
                         "name the compiler with -DCMAKE_CUDA_COMPILER=...")
   endif()
-  # Turing to Hopper as machine code, and PTX for what comes after.
+  # Turing to Hopper as machine code (9.0a: with instructions that only Hopper has), and PTX for
+  # what comes after.
   if(NOT CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90)
+    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90a-real 90-virtual)
   endif()
   if(CCACHE_PROGRAM AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
     set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE_PROGRAM})

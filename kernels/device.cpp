@@ -101,12 +101,13 @@ absl::StatusOr<Device> open_device() {
   cudaStream_t stream = nullptr;
   INFEMERAL_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   device.stream = Stream(stream);
-  int architecture = 0;
-  INFEMERAL_CUDA(probe_device_code(stream, architecture));
+  DeviceCode code;
+  INFEMERAL_CUDA(probe_device_code(stream, code));
   device.stage = {.stream = stream,
                   .multiprocessors = properties.multiProcessorCount,
                   .shared_bytes = properties.sharedMemPerBlockOptin,
-                  .overlap = architecture >= 90};
+                  .overlap = code.architecture >= 90,
+                  .warpgroups = code.warpgroups};
   return device;
 }
 

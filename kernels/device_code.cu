@@ -1,20 +1,29 @@
 #include "kernels/device_code.h"
 
+#include "kernels/warpgroup.cuh"
+
 namespace infemeral::cuda {
 namespace {
 
-__global__ void probe_kernel() {}
+__device__ bool has_warpgroups;
+
+__global__ void probe_kernel() {
+  has_warpgroups = kWarpgroupProducts;
+}
 
 }  // namespace
 
-cudaError_t probe_device_code(cudaStream_t stream, int& architecture) {
+cudaError_t probe_device_code(cudaStream_t stream, DeviceCode& code) {
   cudaFuncAttributes attributes = {};
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
+  cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
   if (error != cudaSuccess) return error;
-  architecture = attributes.ptxVersion;
+  code.architecture = attributes.ptxVersion;
   probe_kernel<<<1, 1, 0, stream>>>();
-  const cudaError_t launched = cudaGetLastError();
-  return launched == cudaSuccess ? cudaStreamSynchronize(stream) : launched;
+  error = cudaGetLastError();
+  if (error != cudaSuccess) return error;
+  error = cudaMemcpyFromSymbolAsync(&code.warpgroups, has_warpgroups, sizeof code.warpgroups, 0,
+                                    cudaMemcpyDeviceToHost, stream);
+  return error == cudaSuccess ? cudaStreamSynchronize(stream) : error;
 }
 
 }  // namespace infemeral::cuda

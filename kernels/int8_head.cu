@@ -7,6 +7,7 @@
 #include "kernels/launch.cuh"
 #include "kernels/round_state.cuh"
 #include "kernels/score.cuh"
+#include "kernels/warpgroup.cuh"
 
 namespace infemeral::cuda {
 namespace {
@@ -33,28 +34,33 @@ __device__ void multiply_add(std::int32_t (&sums)[4], unsigned a0, unsigned a1, 
 }
 
 // What the product needs to know of a state; in shared memory.
-struct StateView {
-  float scale, scale_factor, error_factor, norm_factor;  // its StateBound
+struct alignas(16) StateView {
+  float scale, scale_factor, error_factor, norm_factor;
   float penalty, inverse_temperature;
   bool covered, needs_lower;
+  __device__ StateBound bound() const { return {scale, scale_factor, error_factor, norm_factor}; }
 };
+
+// The sum of a state's products with a row, from those with its high and low bytes.
+__device__ std::int64_t whole_sum(std::int32_t high, std::int32_t low) {
+  return std::int64_t{256} * high + low;
+}
 
 // Intervals from the sums of one tile: rows `row` and `row` + 8, each with the high and the low
 // plane of state s. `best` becomes the largest lower end.
-__device__ void write_intervals(const Product& p, const StateView* states, int s, int row,
-                                const RowBound (&row_bounds)[2], const std::int32_t (&sums)[4],
-                                float& best) {
-  if (s >= p.n || !states[s].covered) return;
-  const StateBound bound = {states[s].scale, states[s].scale_factor, states[s].error_factor,
-                            states[s].norm_factor};
+__device__ void write_any_intervals(const Product& p, const StateView* states, int s, int row,
+                                    const RowBound (&row_bounds)[2], const std::int32_t (&sums)[4],
+                                    float& best) {
+  if (!states[s].covered) return;
+  const StateBound bound = states[s].bound();
   const Scorer score(states[s].penalty, states[s].inverse_temperature,
                      p.seen + static_cast<std::size_t>(s) * p.seen_words);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int id = row + 8 * half;
     if (id >= p.vocab_size) continue;
-    const std::int64_t dot = std::int64_t{256} * sums[2 * half] + sums[2 * half + 1];
-    const float centre = approximate_logit(dot, row_bounds[half], bound);
+    const float centre =
+        approximate_logit(whole_sum(sums[2 * half], sums[2 * half + 1]), row_bounds[half], bound);
     const std::size_t at = s * score_stride(p.vocab_size) + id;
     if (p.approximate) {
       p.upper[at] = centre;
@@ -68,40 +74,66 @@ __device__ void write_intervals(const Product& p, const StateView* states, int s
   }
 }
 
-// The sums of a thread for many states, where a loop can reach them: unrolled, the intervals of all
-// of them are more code than the instruction cache holds.
+// The same for all groups of states where none has a repetition penalty: straight code, in which
+// the steps of one interval do not wait for another's.
 template <int Groups>
-struct alignas(16) ManySums {
-  std::int32_t sums[Groups][kWarp][4];
-  float best[Groups][kWarp];
-};
+__device__ void write_plain_intervals(const Product& p, const StateView* states, int row,
+                                      const RowBound (&row_bounds)[2],
+                                      const std::int32_t (&sums)[Groups][4],
+                                      float (&best)[Groups]) {
+  const int lane = threadIdx.x % kWarp;
+  std::size_t at = lane % 4 * score_stride(p.vocab_size) + row;
+#pragma unroll
+  for (int g = 0; g < Groups; ++g, at += 4 * score_stride(p.vocab_size)) {
+    const StateView state = states[4 * g + lane % 4];
+    const StateBound bound = state.bound();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float centre = approximate_logit(whole_sum(sums[g][2 * half], sums[g][2 * half + 1]),
+                                             row_bounds[half], bound);
+      const float radius = logit_radius(row_bounds[half], bound);
+      const float low = (centre - radius) * state.inverse_temperature;
+      const float high = (centre + radius) * state.inverse_temperature;
+      if (row + 8 * half >= p.vocab_size || !state.covered) continue;
+      p.upper[at + 8 * half] = high;
+      if (state.needs_lower) p.lower[at + 8 * half] = low;
+      best[g] = fmaxf(best[g], low);
+    }
+  }
+}
+
+template <int Groups>
+__device__ void write_intervals(const Product& p, const StateView* states, bool penalties, int row,
+                                const RowBound (&row_bounds)[2],
+                                const std::int32_t (&sums)[Groups][4], float (&best)[Groups]) {
+  if (!penalties) return write_plain_intervals(p, states, row, row_bounds, sums, best);
+#pragma unroll
+  for (int g = 0; g < Groups; ++g) {
+    write_any_intervals(p, states, 4 * g + threadIdx.x % 4, row, row_bounds, sums[g], best[g]);
+  }
+}
 
 constexpr int kConsumers = 8;                              // warps that multiply
 constexpr int kProductThreads = (kConsumers + 1) * kWarp;  // and one that fetches
 
-// Tiles that a block takes at a time. With one state the memory is the limit, and small pieces end
-// at the same time on all multiprocessors: two warps share a tile. With more states their planes
-// have to be fetched along with every piece, so that large ones are cheaper: a warp a tile; and
-// with many, from the L2 cache and from shared memory, they are most of what moves: a warp two
-// tiles.
-template <int Groups, bool Single>
-constexpr int kTiles = Single       ? kConsumers / 2
-                       : Groups < 4 ? kConsumers
-                                    : 2 * kConsumers;
+// Tiles that a block takes at a time, a piece. With one state the memory is the limit, and small
+// pieces end at the same time on all multiprocessors: two warps share a tile. With more states
+// their planes have to be fetched along with every piece, so that large ones are cheaper: a warp a
+// tile.
+template <bool Single>
+constexpr int kTiles = Single ? kConsumers / 2 : kConsumers;
 // Pieces on their way at once. 128 KB are enough to keep the memory busy, and leave room for the
 // next kernel to stand by.
-template <int Groups, bool Single>
-constexpr int kMaxStages = 32 / kTiles<Groups, Single>;
-
-// A piece: consecutive tiles. The last ones of a warp with two tiles are half as large, so that all
-// multiprocessors end together.
-struct Pieces {
-  int whole;  // of kTiles
-  int all;
-};
+template <bool Single>
+constexpr int kMaxStages = 32 / kTiles<Single>;
 
 template <int Groups>
 constexpr int kPlaneChunk = Groups * 512 * kChunkBlocks;  // bytes of the planes of a chunk
+
+// What a stage of a chunk holds: rows, planes, and with a piece's first chunk its rows' bounds.
+template <int Groups, bool Single>
+constexpr int kStage = kTiles<Single>*(kTileBytes + kTileRows * int{sizeof(RowBound)}) +
+                       (Single ? 0 : kPlaneChunk<Groups>);
 
 // A block goes through pieces of some tiles, chunk by chunk; its warps keep the sums. With bulk
 // copies (compute capability 9.0) one more warp keeps `stages` chunks on their way to shared
@@ -110,38 +142,28 @@ constexpr int kPlaneChunk = Groups * 512 * kChunkBlocks;  // bytes of the planes
 //
 // Single: one state, which every block rounds for itself into its shared memory, while the first
 // chunks are on their way. Else the states' planes are fetched along with the chunks.
-template <int Groups, bool Single>
-__global__ void __launch_bounds__(kProductThreads, 1)
-    product_kernel(Product p, Pieces pieces, int stages) {
+// Warpgroups: four warps multiply together, where there is such an instruction: the planes come
+// from shared memory once for all of them.
+template <int Groups, bool Single, bool Warpgroups>
+__global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, int stages) {
   static_assert(Groups == 1 || !Single);
-  constexpr int kPieceTiles = kTiles<Groups, Single>, kHalfTiles = kPieceTiles / 2;
-  constexpr int kWarpTiles = kPieceTiles > kConsumers ? 2 : 1;  // the warp's, kConsumers apart
+  static_assert(Groups >= 4 || !Warpgroups);
+  if constexpr (Warpgroups && !kWarpgroupProducts) return;  // never launched
+  constexpr int kPieceTiles = kTiles<Single>;
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ StateView states[4 * Groups];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  __shared__ bool penalties;  // or else something that only write_intervals() does
+  const int lane = threadIdx.x % kWarp, warp = __shfl_sync(0xffffffffu, threadIdx.x / kWarp, 0);
   const int tiles = tiles_of(p.vocab_size);
   const int chunks = (p.stride / kAlign + kChunkBlocks - 1) / kChunkBlocks;
-  const int tile_in_piece = warp % (kPieceTiles / kWarpTiles);
-  const auto first_tile = [&](int piece) {
-    const int halves = max(piece - pieces.whole, 0);
-    return (piece - halves) * kPieceTiles + halves * kHalfTiles;
-  };
-  const auto tiles_in = [&](int piece) { return piece < pieces.whole ? kPieceTiles : kHalfTiles; };
-#if __CUDA_ARCH__ >= 900
-  constexpr bool kMany = kWarpTiles > 1;
-#else
-  constexpr bool kMany = false;
-#endif
-  __shared__ ManySums<kMany ? Groups : 1> many[kMany ? kConsumers + 1 : 1];
+  const int tile_in_piece = warp % kPieceTiles;
   float best[Groups];
 #pragma unroll
-  for (int g = 0; g < Groups; ++g) {
-    best[g] = -HUGE_VALF;
-    if constexpr (kMany) many[warp].best[g][lane] = -HUGE_VALF;
-  }
+  for (float& value : best) value = -HUGE_VALF;
   const auto view = [&](int s, const StateBound& bound, bool covered) {
     const RowRequest& request = p.rows[s].request;
     const Selection selection = request.selection;
+    if (request.repetition_penalty != 1) penalties = true;
     states[s] = {bound.scale,
                  bound.scale_factor,
                  bound.error_factor,
@@ -151,16 +173,22 @@ __global__ void __launch_bounds__(kProductThreads, 1)
                  covered,
                  selection != Selection::kGreedy && selection != Selection::kMinP};
   };
+  if (threadIdx.x == 0) penalties = p.approximate;
+  if (threadIdx.x < 4 * Groups) states[threadIdx.x].covered = false;
   const auto row_of = [&](int piece) {  // the lane's, and that plus 8
-    return (first_tile(piece) + tile_in_piece) * kTileRows + lane / 4;
+    return (piece * kPieceTiles + tile_in_piece) * kTileRows + lane / 4;
   };
 
 #if __CUDA_ARCH__ >= 900
   constexpr int kConsumerThreads = kConsumers * kWarp;
+  const int pieces = tiles / kPieceTiles;
   constexpr int kSinglePlanes = 128;  // bytes of a block of columns: two of eight columns
   constexpr int kRowBytes = kPieceTiles * kTileBytes;
-  constexpr int kStageBytes = kRowBytes + (Single ? 0 : kPlaneChunk<Groups>);
-  constexpr int kStages = kMaxStages<Groups, Single>;
+  constexpr int kBoundsAt = kRowBytes + (Single ? 0 : kPlaneChunk<Groups>);
+  constexpr int kBoundBytes = kPieceTiles * kTileRows * sizeof(RowBound);
+  constexpr int kStageBytes = kStage<Groups, Single>;
+  static_assert(kBoundsAt + kBoundBytes == kStageBytes && kBoundBytes % 128 == 0);
+  constexpr int kStages = kMaxStages<Single>;
   __shared__ std::uint64_t full[kStages], empty[kStages];
   __shared__ int piece_in[kStages];  // -1: there are no more
   std::byte* const own_planes = shared + stages * kStageBytes;
@@ -198,11 +226,18 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         }
       };
       const auto fetch_rows = [&] {
-        const Chunk chunk = chunk_at(at.chunk, first_tile(at.piece), tiles, p.stride);
-        const int bytes = tiles_in(at.piece) * chunk.blocks * kBlockBytes;
+        const Chunk chunk = chunk_at(at.chunk, at.piece * kPieceTiles, tiles, p.stride);
+        const int bytes = kPieceTiles * chunk.blocks * kBlockBytes;
+        const int bound_bytes = at.chunk == 0 ? kBoundBytes : 0;
+        std::byte* const to = shared + at.stage * kStageBytes;
         piece_in[at.stage] = at.piece;
-        barrier_expect(&full[at.stage], bytes + (Single ? 0 : chunk.blocks * Groups * 512));
-        copy_bulk(shared + at.stage * kStageBytes, p.copy + chunk.offset, bytes, &full[at.stage]);
+        barrier_expect(&full[at.stage],
+                       bytes + bound_bytes + (Single ? 0 : chunk.blocks * Groups * 512));
+        copy_bulk(to, p.copy + chunk.offset, bytes, &full[at.stage]);
+        if (bound_bytes > 0) {
+          copy_bulk(to + kBoundsAt, p.bounds + at.piece * kPieceTiles * kTileRows, bound_bytes,
+                    &full[at.stage]);
+        }
       };
       const auto fetch_planes = [&](int stage, int chunk) {
         if constexpr (Single) return;
@@ -213,7 +248,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       };
       // The weights do not depend on the kernels before: on their way before those have ended.
       int early = 0;
-      for (; early < stages && at.turn < own_pieces && at.piece < pieces.all; ++early) {
+      for (; early < stages && at.turn < own_pieces && at.piece < pieces; ++early) {
         fetch_rows();
         advance();
       }
@@ -222,11 +257,11 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       const auto fetch_to_cache = [&] {
         constexpr int kCached = 128 / (kRowBytes >> 10);
         for (int i = 0; i < kCached && at.turn < own_pieces + Single && at.chunk + i < chunks &&
-                        at.piece < pieces.all;
+                        at.piece < pieces;
              ++i) {
-          const Chunk chunk = chunk_at(at.chunk + i, first_tile(at.piece), tiles, p.stride);
+          const Chunk chunk = chunk_at(at.chunk + i, at.piece * kPieceTiles, tiles, p.stride);
           asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.copy + chunk.offset),
-                       "r"(tiles_in(at.piece) * chunk.blocks * kBlockBytes));
+                       "r"(kPieceTiles * chunk.blocks * kBlockBytes));
         }
       };
       if constexpr (!Single) fetch_to_cache();
@@ -237,7 +272,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       if (at.turn >= own_pieces) at.piece = claimed, claimed = claim();
       for (int i = 0; i < early; ++i) fetch_planes(i, i % chunks);
       if constexpr (Single) fetch_to_cache();
-      while (at.piece < pieces.all) {
+      while (at.piece < pieces) {
         barrier_wait(&empty[at.stage], at.parity ^ 1);
         fetch_rows();
         fetch_planes(at.stage, at.chunk);
@@ -273,9 +308,8 @@ __global__ void __launch_bounds__(kProductThreads, 1)
     constexpr int kSharers = Single ? 2 : 1, kOwnBlocks = kChunkBlocks / kSharers;
     const int first_block = Single ? warp / kPieceTiles * kOwnBlocks : 0;
     __shared__ std::int32_t handed_over[2][kSharers > 1 ? kPieceTiles : 1][kWarp][4];
-    RowBound row_bounds[kWarpTiles][2];
-    std::int32_t sums[kWarpTiles][Groups][4] = {};
-    int warp_tiles = 1;
+    RowBound row_bounds[2];
+    std::int32_t sums[Groups][4] = {};
     int stage = 0, parity = 0, chunk = 0, piece = 0, turn = 0;
     while (true) {
       const int blocks = min(kChunkBlocks, p.stride / kAlign - chunk * kChunkBlocks);
@@ -283,27 +317,20 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       const std::byte* a = rows + (tile_in_piece * blocks + first_block) * kBlockBytes + lane * 16;
       barrier_wait(&full[stage], parity);
       if (chunk == 0) {
-        piece = piece_in[stage];
+        piece = __shfl_sync(0xffffffffu, piece_in[stage], 0);
         if (piece < 0) break;
-        warp_tiles = piece < pieces.whole ? kWarpTiles : 1;
-#pragma unroll
-        for (int w = 0; w < kWarpTiles; ++w) {
-          if (w < warp_tiles) {
-            const int row = row_of(piece) + w * kConsumers * kTileRows;
-            row_bounds[w][0] = p.bounds[row];  // early: they come from memory
-            row_bounds[w][1] = p.bounds[row + 8];
-          }
-        }
+        const auto* bounds = reinterpret_cast<const RowBound*>(rows + kBoundsAt);
+        row_bounds[0] = bounds[tile_in_piece * kTileRows + lane / 4];
+        row_bounds[1] = bounds[tile_in_piece * kTileRows + lane / 4 + 8];
       }
       struct Rows {
         uint4 upper, lower;
       };
-      const auto load_rows = [&](int w, int i) {  // of the warp's tile w, block i
-        const std::byte* at = a + (w * kConsumers * blocks + i) * kBlockBytes;
-        return Rows{*reinterpret_cast<const uint4*>(at),
-                    *reinterpret_cast<const uint4*>(at + kBlockBytes / 2)};
+      const auto load_rows = [&](int i) {  // of block i
+        return Rows{*reinterpret_cast<const uint4*>(a + i * kBlockBytes),
+                    *reinterpret_cast<const uint4*>(a + i * kBlockBytes + kBlockBytes / 2)};
       };
-      const auto multiply = [&](int i, const Rows(&own)[kWarpTiles]) {
+      const auto multiply = [&](int i, const Rows& own) {
         const int block = first_block + i;
         uint4 y[Groups];
 #pragma unroll
@@ -320,37 +347,36 @@ __global__ void __launch_bounds__(kProductThreads, 1)
           }
         }
         // In this order: products that add to the same sums wait for each other.
+        const uint4 u = own.upper, l = own.lower;
 #pragma unroll
-        for (int w = 0; w < kWarpTiles; ++w) {
-          if (w < warp_tiles) {
-            const uint4 u = own[w].upper, l = own[w].lower;
+        for (int g = 0; g < Groups; ++g) {
+          multiply_add(sums[g], u.x, l.x, u.y, l.y, y[g].x, y[g].y);
+        }
 #pragma unroll
-            for (int g = 0; g < Groups; ++g) {
-              multiply_add(sums[w][g], u.x, l.x, u.y, l.y, y[g].x, y[g].y);
-            }
-#pragma unroll
-            for (int g = 0; g < Groups; ++g) {
-              multiply_add(sums[w][g], u.z, l.z, u.w, l.w, y[g].z, y[g].w);
-            }
-          }
+        for (int g = 0; g < Groups; ++g) {
+          multiply_add(sums[g], u.z, l.z, u.w, l.w, y[g].z, y[g].w);
         }
       };
-      if constexpr (kWarpTiles == 1) {
-        Rows own[kOwnBlocks][1];
+      if constexpr (Warpgroups) {
+#pragma unroll 1  // products that overlap would add nothing: the memory is slower than they are
+        for (int i = 0; i < blocks; ++i) {
+          const Rows own = load_rows(i);
+          const uint4 u = own.upper, l = own.lower;
+          const std::byte* planes = rows + kRowBytes + i * Groups * 512;
+          begin_products();
+          multiply_add(sums, u.x, l.x, u.y, l.y, columns_at<Groups>(planes));
+          multiply_add(sums, u.z, l.z, u.w, l.w, columns_at<Groups>(planes + Groups * 256));
+          end_products();
+        }
+      } else {
+        Rows own[kOwnBlocks];
 #pragma unroll
         for (int i = 0; i < kOwnBlocks; ++i) {
-          if (first_block + i < blocks) own[i][0] = load_rows(0, i);
+          if (first_block + i < blocks) own[i] = load_rows(i);
         }
 #pragma unroll
         for (int i = 0; i < kOwnBlocks; ++i) {
           if (first_block + i < blocks) multiply(i, own[i]);
-        }
-      } else {
-#pragma unroll 1  // the sums leave no registers for more
-        for (int i = 0; i < blocks; ++i) {
-          Rows own[kWarpTiles] = {load_rows(0, i)};
-          if (warp_tiles == 2) own[1] = load_rows(1, i);
-          multiply(i, own);
         }
       }
       __syncwarp();
@@ -361,52 +387,30 @@ __global__ void __launch_bounds__(kProductThreads, 1)
       if constexpr (kSharers > 1) {
         auto& handed = handed_over[turn % 2][tile_in_piece][lane];
         if (warp >= kPieceTiles) {
-          for (int j = 0; j < 4; ++j) handed[j] = sums[0][0][j];
+          for (int j = 0; j < 4; ++j) handed[j] = sums[0][j];
         }
         sync_threads<kConsumerThreads>();  // `states` is complete, too
         if (warp < kPieceTiles) {
-          for (int j = 0; j < 4; ++j) sums[0][0][j] += handed[j];
+          for (int j = 0; j < 4; ++j) sums[0][j] += handed[j];
         }
       } else if (turn == 0) {
         sync_threads<kConsumerThreads>();  // `states` is complete
       }
       ++turn;
-#pragma unroll
-      for (int w = 0; w < kWarpTiles; ++w) {
-        if (w >= warp_tiles || warp >= kPieceTiles) continue;
-        const int row = row_of(piece) + w * kConsumers * kTileRows;
-        if constexpr (kMany) {
-          ManySums<Groups>& own = many[warp];
-#pragma unroll
-          for (int g = 0; g < Groups; ++g) {
-            *reinterpret_cast<int4*>(own.sums[g][lane]) =
-                make_int4(sums[w][g][0], sums[w][g][1], sums[w][g][2], sums[w][g][3]);
-          }
-#pragma unroll 2
-          for (int g = 0; g < Groups; ++g) {
-            write_intervals(p, states, 4 * g + lane % 4, row, row_bounds[w], own.sums[g][lane],
-                            own.best[g][lane]);
-          }
-        } else {
-#pragma unroll
-          for (int g = 0; g < Groups; ++g) {
-            write_intervals(p, states, 4 * g + lane % 4, row, row_bounds[w], sums[w][g], best[g]);
-          }
-        }
+      if (warp < kPieceTiles) {
+        write_intervals(p, states, penalties, row_of(piece), row_bounds, sums, best);
       }
 #pragma unroll
-      for (auto& of_tile : sums) {
+      for (auto& of_group : sums) {
 #pragma unroll
-        for (auto& of_group : of_tile) {
-#pragma unroll
-          for (std::int32_t& sum : of_group) sum = 0;
-        }
+        for (std::int32_t& sum : of_group) sum = 0;
       }
     }
   }
 #else
   (void)stages;
   (void)shared;
+  __syncthreads();
   wait_for_previous();
   if (threadIdx.x < p.n) {
     view(threadIdx.x, p.rows[threadIdx.x].bound, p.rows[threadIdx.x].covered != 0);
@@ -444,10 +448,7 @@ __global__ void __launch_bounds__(kProductThreads, 1)
         }
       }
     }
-#pragma unroll
-    for (int g = 0; g < Groups; ++g) {
-      write_intervals(p, states, 4 * g + lane % 4, row, row_bounds, sums[g], best[g]);
-    }
+    write_intervals(p, states, penalties, row, row_bounds, sums, best);
   }
 #endif
 
@@ -459,7 +460,6 @@ __global__ void __launch_bounds__(kProductThreads, 1)
 #pragma unroll
   for (int g = 0; g < Groups; ++g) {
     float value = best[g];
-    if constexpr (kMany) value = fmaxf(value, many[warp].best[g][lane]);
     for (int offset = 4; offset < kWarp; offset *= 2) {
       value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
     }
@@ -469,34 +469,21 @@ __global__ void __launch_bounds__(kProductThreads, 1)
   for (int s = threadIdx.x; s < p.n; s += blockDim.x) atomicMax(&p.rows[s].top, top[s]);
 }
 
-// Whole pieces for all of `blocks` as often as they last; the rest in as many pieces as blocks.
-template <int Groups, bool Single>
-Pieces cut(int tiles, int blocks) {
-  constexpr int kPieceTiles = kTiles<Groups, Single>;
-  if (kPieceTiles <= kConsumers) return {tiles / kPieceTiles, tiles / kPieceTiles};
-  const int halves = tiles / kConsumers;
-  const int rounds = halves / (2 * blocks), rest = halves - 2 * rounds * blocks;
-  const int whole = rounds * blocks + (rest > blocks ? rest - blocks : 0);
-  return {whole, halves - whole};
-}
-
-template <int Groups, bool Single>
+template <int Groups, bool Single, bool Warpgroups = false>
 cudaError_t run(const Stage& stage, const Product& args) {
-  const auto kernel = product_kernel<Groups, Single>;
+  const auto kernel = product_kernel<Groups, Single, Warpgroups>;
   const int tiles = static_cast<int>(int8_rows(args.vocab_size)) / kTileRows;
   int stages = 0, per_multiprocessor = 1;
   std::size_t shared_bytes = 0;
   cudaError_t error;
   if (stage.overlap) {
-    constexpr std::size_t kStageBytes =
-        kTiles<Groups, Single> * kTileBytes + (Single ? 0 : kPlaneChunk<Groups>);
-    constexpr std::size_t kReserved =  // barriers and the like
-        8192 + (Groups < 4 ? 0 : (kConsumers + 1) * sizeof(ManySums<Groups>));
+    constexpr std::size_t kStageBytes = kStage<Groups, Single>;
+    constexpr std::size_t kReserved = 8192;  // barriers and the like
     const std::size_t planes = Single ? 2 * static_cast<std::size_t>(args.stride) : 0;
     const std::size_t room = stage.shared_bytes - kReserved;
     if (planes + kStageBytes > room) return cudaErrorInvalidConfiguration;
     stages = static_cast<int>((room - planes) / kStageBytes);
-    stages = std::min(stages, kMaxStages<Groups, Single>);
+    stages = std::min(stages, kMaxStages<Single>);
     shared_bytes = stages * kStageBytes + planes;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_bytes));
@@ -506,9 +493,10 @@ cudaError_t run(const Stage& stage, const Product& args) {
   }
   if (error != cudaSuccess) return error;
   const int resident = per_multiprocessor * stage.multiprocessors;
-  const Pieces pieces = cut<Groups, Single>(tiles, resident);
-  return launch(stage, {dim3(std::min(pieces.all, resident)), dim3(kProductThreads), shared_bytes},
-                kernel, args, pieces, stages);
+  return launch(
+      stage,
+      {dim3(std::min(tiles / kTiles<Single>, resident)), dim3(kProductThreads), shared_bytes},
+      kernel, args, stages);
 }
 
 }  // namespace
@@ -523,9 +511,11 @@ cudaError_t int8_head(const Stage& stage, const Product& args) {
     case 2:
       return run<2, false>(stage, args);
     case 4:
-      return run<4, false>(stage, args);
+      return warpgroup_products(stage, args.n) ? run<4, false, true>(stage, args)
+                                               : run<4, false>(stage, args);
     default:
-      return run<8, false>(stage, args);
+      return warpgroup_products(stage, args.n) ? run<8, false, true>(stage, args)
+                                               : run<8, false>(stage, args);
   }
 }
 

@@ -54,6 +54,10 @@ struct Product {
   float* upper = nullptr;    // n x score_stride(V)
   bool approximate = false;  // upper receives the logits that the product stands for instead
 };
+// Whether warpgroups multiply (kernels/warpgroup.cuh); planes then lie in the order that they need.
+inline bool warpgroup_products(const Stage& stage, int n) {
+  return stage.warpgroups && column_groups(n) >= 4;
+}
 // The first step by itself: planes, and bounds and `covered` of the rows' states.
 cudaError_t quantise_states(const Stage& stage, const Product& args);
 // All of it. InvalidConfiguration for a hidden size of a hundred thousand or so.

@@ -52,4 +52,15 @@ inline constexpr std::size_t plane_offset(int groups, int s, int plane, int byte
          byte % 16;
 }
 
+// The same for int8 planes that a warpgroup multiplies with (kernels/warpgroup.cuh): of a block of
+// columns, for each of the two instructions that a lane's 16 bytes of rows feed, matrices of 8
+// columns x 16 bytes; first those of the lower halves of what the instruction takes from the lanes.
+inline constexpr std::size_t warpgroup_plane_offset(int groups, int s, int plane, int byte) {
+  const int in_block = byte % kAlign;
+  const int lane = in_block / 16, instruction = in_block % 16 / 8, half = in_block % 8 / 4;
+  return (static_cast<std::size_t>(byte / kAlign * 4 + instruction * 2 + half) * groups + s / 4) *
+             128 +
+         (s % 4 * 2 + plane) * 16 + lane * 4 + byte % 4;
+}
+
 }  // namespace infemeral::cuda

@@ -68,15 +68,18 @@ __global__ void quantise_rows_kernel(QuantiseRows p) {
 constexpr int kStateThreads = 512;
 
 // One block a state.
-__global__ void __launch_bounds__(kStateThreads) quantise_states_kernel(Product p) {
+__global__ void __launch_bounds__(kStateThreads)
+    quantise_states_kernel(Product p, bool for_warpgroups) {
   let_next_start();
   wait_for_previous();
   const int s = blockIdx.x, groups = column_groups(p.n);
   RowState& out = p.rows[s];
   if (threadIdx.x == 0) out.times.de_embed = global_ns();
   const auto write = [&](int i, std::byte high, std::byte low) {
-    p.planes[plane_offset(groups, s, 0, i)] = high;
-    p.planes[plane_offset(groups, s, 1, i)] = low;
+    p.planes[for_warpgroups ? warpgroup_plane_offset(groups, s, 0, i)
+                            : plane_offset(groups, s, 0, i)] = high;
+    p.planes[for_warpgroups ? warpgroup_plane_offset(groups, s, 1, i)
+                            : plane_offset(groups, s, 1, i)] = low;
   };
   for (int i = p.hidden_size + threadIdx.x; i < p.stride; i += kStateThreads) {
     write(i, std::byte{0}, std::byte{0});
@@ -99,7 +102,8 @@ cudaError_t quantise_rows(const Stage& stage, const QuantiseRows& args) {
 }
 
 cudaError_t quantise_states(const Stage& stage, const Product& args) {
-  return launch(stage, {dim3(args.n), dim3(kStateThreads)}, quantise_states_kernel, args);
+  return launch(stage, {dim3(args.n), dim3(kStateThreads)}, quantise_states_kernel, args,
+                warpgroup_products(stage, args.n));
 }
 
 }  // namespace infemeral::cuda

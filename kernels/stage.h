@@ -14,6 +14,8 @@ struct Stage {
   // Whether a kernel may start before the one ahead of it in the stream has ended (programmatic
   // dependent launch). Only behind kernels of this room, which all know how to wait.
   bool overlap = false;
+  // Whether this build's code for the device has products by warpgroups (kernels/warpgroup.cuh).
+  bool warpgroups = false;
 };
 
 }  // namespace infemeral::cuda

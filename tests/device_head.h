@@ -136,10 +136,13 @@ class DeviceHead {
   std::vector<int> whole_state(int n, int i) {
     const std::vector<std::byte> bytes =
         take(kernels_.buffers.planes, cuda::plane_bytes(n, shape().stride));
+    const auto offset_of = cuda::warpgroup_products(kernels_.stage, n)
+                               ? cuda::warpgroup_plane_offset
+                               : cuda::plane_offset;
     std::vector<int> v;
     for (int j = 0; j < shape().stride; ++j) {
       const auto at = [&](int plane) {
-        const auto offset = cuda::plane_offset(cuda::column_groups(n), i, plane, j);
+        const auto offset = offset_of(cuda::column_groups(n), i, plane, j);
         return static_cast<int>(static_cast<std::int8_t>(bytes[offset]));
       };
       v.push_back(256 * at(0) + at(1));
