@@ -229,9 +229,11 @@ class CudaClientBackend final : public ClientBackend {
   // What the other heads leave to the full one: row i, whose state and request are on the device.
   absl::Status choose_full(int i, std::int32_t& token, PhaseTimes& times) {
     PhaseClock clock;
-    mailbox_.ask_again(i);
-    INFEMERAL_RETURN(stages_.choose_full(i, mailbox_.request(i)));
-    INFEMERAL_RETURN(mailbox_.wait_for_result(i));
+    if (mode_ != HeadMode::kFull) {  // whose graph has come as far as this
+      mailbox_.ask_again(i);
+      INFEMERAL_RETURN(stages_.choose_full(i, mailbox_.request(i)));
+      INFEMERAL_RETURN(mailbox_.wait_for_result(i));
+    }
     if (mailbox_.result(i).outcome == Outcome::kUncertain) {
       mailbox_.ask_again(i);
       INFEMERAL_RETURN(stages_.choose_among_all(i));
