@@ -24,6 +24,7 @@ esac
 started=$SECONDS
 step() { printf '\n== %s (%d s)\n' "$*" $((SECONDS - started)); }
 fuzz_seconds=60
+jobs=$(nproc)
 
 step "packages"
 ./tools/install_deps.sh --tests
@@ -46,7 +47,7 @@ done
 export INFEMERAL_DEMO_F32=$PWD/demo/prepared-f32
 
 step "release: tests"
-ctest --test-dir build/release --output-on-failure
+ctest --test-dir build/release --output-on-failure -j "$jobs"
 step "instruction counts"
 "$python" -B perf/instruction_gate.py build/release/perf/hot_functions
 step "teacher-forced agreement"
@@ -59,7 +60,7 @@ step "address and undefined-behaviour sanitizer: build"
 cmake --preset asan "${peers[@]}"
 cmake --build build/asan
 step "address and undefined-behaviour sanitizer: tests"
-ctest --test-dir build/asan --output-on-failure
+ctest --test-dir build/asan --output-on-failure -j "$jobs"
 
 step "fuzzers, $fuzz_seconds s each"
 scratch=$(mktemp -d)
@@ -93,7 +94,7 @@ network_tests=(corruption link link_hostile link_limits noise codec frames ident
 cmake --preset tsan
 cmake --build build/tsan --target "${network_tests[@]/%/_test}"
 step "thread sanitizer: network tests"
-ctest --test-dir build/tsan --output-on-failure \
+ctest --test-dir build/tsan --output-on-failure -j "$jobs" \
   -R "^($(IFS='|'; echo "${network_tests[*]}"))\$"
 
 step "all checks passed"
