@@ -378,22 +378,27 @@ std::size_t Connection::padded_bytes(WireDtype dtype, std::uint32_t rows_back) c
 void Connection::answer(std::uint64_t request, decltype(Frame::kind) kind,
                         std::size_t padded_bytes) {
   const std::string bytes = encode_frame({request, std::move(kind)}, pad_ ? padded_bytes : 0);
-  const std::lock_guard lock(mutex_);
-  --pending_;
-  if (!gone_) {
-    // Encrypted in the order of writing: the nonces follow it.
-    for (std::span<const std::byte> rest = bytes_of(bytes); !rest.empty();) {
-      v1::Envelope envelope;
-      if (absl::Status status = sealer_->seal(rest, *envelope.mutable_data()); !status.ok()) {
-        end(status, true);
-        break;
+  const v1::Envelope* next = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    --pending_;
+    if (!gone_) {
+      // Encrypted in the order of writing: the nonces follow it.
+      for (std::span<const std::byte> rest = bytes_of(bytes); !rest.empty();) {
+        v1::Envelope envelope;
+        if (absl::Status status = sealer_->seal(rest, *envelope.mutable_data()); !status.ok()) {
+          end(status, true);
+          break;
+        }
+        outgoing_.push_back(std::move(envelope));
       }
-      outgoing_.push_back(std::move(envelope));
+      next = next_to_write();
+      read_more();
     }
-    write_more();
-    read_more();
+    finish_when_ready();
   }
-  finish_when_ready();
+  // Not with the mutex held: the thread that learns of the write's end would have to wait for it.
+  if (next != nullptr) stream_.start_write(*next);
 }
 
 void Connection::fail(absl::Status status) {
@@ -412,10 +417,14 @@ void Connection::read_more() {
   stream_.start_read(incoming_);
 }
 
-void Connection::write_more() {
-  if (writing_ || finished_ || outgoing_.empty()) return;
+const v1::Envelope* Connection::next_to_write() {
+  if (writing_ || finished_ || outgoing_.empty()) return nullptr;
   writing_ = true;
-  stream_.start_write(outgoing_.front());
+  return &outgoing_.front();
+}
+
+void Connection::write_more() {
+  if (const v1::Envelope* next = next_to_write()) stream_.start_write(*next);
 }
 
 void Connection::end(absl::Status status, bool at_once) {

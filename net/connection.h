@@ -25,7 +25,7 @@
 namespace infemeral {
 
 // The stream under a connection. A read or write is under way from its start to the connection's
-// on_read_done() or on_write_done(), one of each at most. All three are called with the
+// on_read_done() or on_write_done(), one of each at most. All three may be called with the
 // connection's mutex held: they do not call back before they return.
 class EnvelopeStream {
  public:
@@ -90,6 +90,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   // With the mutex held.
   void read_more();
+  // What may be written now, and has to be; nobody else writes until on_write_done().
+  const v1::Envelope* next_to_write();
   void write_more();
   void finish_when_ready();
   void end(absl::Status status, bool at_once);
