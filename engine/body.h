@@ -48,7 +48,8 @@ class Body {
   virtual const BodyInfo& info() const = 0;
   virtual absl::StatusOr<std::unique_ptr<BodySession>> new_session() = 0;
   // Runs every step (each on a different session), each with its own status: InvalidArgument for
-  // positions or sizes that do not fit, ResourceExhausted when the cache cannot grow.
+  // positions or sizes that do not fit, ResourceExhausted when the cache cannot grow, Unavailable
+  // when the body has ended and no step will run any more.
   virtual void run(std::span<BodyStep> steps) = 0;
 };
 

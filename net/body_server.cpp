@@ -27,9 +27,6 @@ constexpr int kKeepaliveTimeoutMs = 5000;
 // Without a stream a connection is nobody's: a client opens one at once, and a health check
 // connects again.
 constexpr int kIdleMs = 30000;
-// What waits is joined to runs of so many rows. More do not make a CPU faster, and the others'
-// steps wait for a run.
-constexpr std::uint32_t kJoinedRows = 128;
 // A client needs one, and a health check another; nobody gets more for one connection's price.
 constexpr int kStreamsPerConnection = 32;
 
@@ -238,7 +235,7 @@ absl::StatusOr<std::unique_ptr<BodyServer>> BodyServer::start(Body& body,
   }
   options.ciphers = std::move(ciphers);
   auto scheduler =
-      std::make_unique<Scheduler>(body, std::min(kJoinedRows, options.max_rows_per_step));
+      std::make_unique<Scheduler>(body, std::min(options.joined_rows, options.max_rows_per_step));
   auto server = std::make_unique<GrpcBodyServer>(
       std::make_shared<ServerState>(body, options, std::move(scheduler)));
   if (absl::Status status = server->listen(); !status.ok()) return status;

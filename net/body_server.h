@@ -29,6 +29,9 @@ struct BodyServerOptions {
   // step that would go beyond is refused. A body may round a session up to whole pages.
   std::uint64_t max_kv_bytes = 0;
   std::uint32_t max_rows_per_step = 512;
+  // Steps of a session that wait behind each other are joined to runs of at most so many rows. More
+  // do not make a CPU faster, and the others' steps wait for a run.
+  std::uint32_t joined_rows = 128;
   std::uint32_t max_pending_per_connection = 16;      // requests read but not yet answered
   std::chrono::milliseconds handshake_timeout{5000};  // until the hello
   // From the handshake to the client's first frame. The hello can be somebody's recording; only

@@ -2,6 +2,7 @@
 #include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
+#include <atomic>
 #include <cstdio>
 
 #include "cpu/body.h"
@@ -14,12 +15,17 @@
 #include "tools/heap.h"
 #include "tools/metrics_endpoint.h"
 #include "tools/signals.h"
+#include "tools/worker_body.h"
 
 namespace infemeral {
 namespace {
 
+// A GPU is worth as many rows as a step may have.
+constexpr std::uint32_t kWorkerRows = 512;
+
 struct ServeOptions {
   std::string model;
+  int worker = -1;
   std::string listen = "127.0.0.1:50051";
   std::string identity;
   std::vector<std::string> allow;
@@ -35,7 +41,13 @@ struct ServeOptions {
 };
 
 void add_flags(CLI::App& app, ServeOptions& o) {
-  with_env(app.add_option("--model", o.model, "Body folder that engine_prep wrote"))->required();
+  CLI::Option* model =
+      with_env(app.add_option("--model", o.model, "Body folder that engine_prep wrote"));
+  CLI::Option* worker = with_env(
+      app.add_option("--worker", o.worker,
+                     "Instead of --model: the descriptor of a socket to the process that runs the "
+                     "layers and has started this one, as serve_torch --front does"));
+  worker->check(CLI::NonNegativeNumber)->excludes(model);
   with_env(app.add_option("--listen", o.listen, "Address to listen on; port 0 takes a free one"))
       ->capture_default_str();
   with_env(
@@ -54,12 +66,13 @@ void add_flags(CLI::App& app, ServeOptions& o) {
   with_env(app.add_option("--metrics", o.metrics,
                           "HOST:PORT for Prometheus to read counters from, at /metrics, such as "
                           "127.0.0.1:9464; anybody who reaches it can read them"));
-  with_env(app.add_option("-t,--threads", o.threads, "Threads; 0 is one for each physical core"))
-      ->check(CLI::Range(0, 1024))
-      ->capture_default_str();
-  with_env(app.add_option("--max-context", o.max_context,
-                          "Positions a session may hold; 0 is the model's own limit"))
-      ->capture_default_str();
+  CLI::Option* threads = with_env(
+      app.add_option("-t,--threads", o.threads, "Threads; 0 is one for each physical core"));
+  threads->check(CLI::Range(0, 1024))->capture_default_str();
+  CLI::Option* max_context = with_env(app.add_option(
+      "--max-context", o.max_context, "Positions a session may hold; 0 is the model's own limit"));
+  max_context->capture_default_str();
+  worker->excludes(threads)->excludes(max_context);
   with_env(app.add_option("--max-sessions", o.max_sessions, "Sessions at a time"))
       ->check(CLI::Range(1u, 100000u))
       ->capture_default_str();
@@ -76,6 +89,9 @@ void add_flags(CLI::App& app, ServeOptions& o) {
   with_env(app.add_flag("--quiet", o.quiet, "Errors only"));
   with_env(app.add_flag("--verbose", o.verbose, "Connections and sessions too"));
   add_version(app);
+  app.parse_complete_callback([model, worker] {
+    if (model->empty() && worker->empty()) throw CLI::RequiredError("--model");
+  });
 }
 
 absl::StatusOr<std::vector<PublicKey>> allowed_clients(const std::vector<std::string>& values) {
@@ -119,18 +135,30 @@ int serve(const ServeOptions& options, SignalStop& signals) {
     if (!loaded.ok()) return fail(loaded.status());
     tls = *std::move(loaded);
   }
-  auto body = load_cpu_body(options.model,
-                            {.threads = options.threads, .max_context = options.max_context});
+  std::atomic<bool> worker_ended = false;
+  const auto on_worker_end = [&](const absl::Status& status) {
+    console.error(status);
+    worker_ended = true;
+    signals.request_stop();
+  };
+  const bool is_front = options.worker >= 0;
+  if (is_front) signals.ignore_repeats();
+  auto body =
+      is_front
+          ? open_worker_body(options.worker, {.max_rows = kWorkerRows, .on_end = on_worker_end})
+          : load_cpu_body(options.model,
+                          {.threads = options.threads, .max_context = options.max_context});
   if (!body.ok()) return fail(body.status());
-  auto server =
-      BodyServer::start(**body, {.listen = options.listen,
-                                 .identity = &*identity,
-                                 .allow = *std::move(allow),
-                                 .max_sessions = options.max_sessions,
-                                 .max_sessions_per_client = options.max_sessions_per_client,
-                                 .max_kv_bytes = options.max_kv_mib << 20,
-                                 .tls = std::move(tls),
-                                 .log = console.sink()});
+  BodyServerOptions serving{.listen = options.listen,
+                            .identity = &*identity,
+                            .allow = *std::move(allow),
+                            .max_sessions = options.max_sessions,
+                            .max_sessions_per_client = options.max_sessions_per_client,
+                            .max_kv_bytes = options.max_kv_mib << 20,
+                            .tls = std::move(tls),
+                            .log = console.sink()};
+  if (is_front) serving.joined_rows = kWorkerRows;
+  auto server = BodyServer::start(**body, std::move(serving));
   if (!server.ok()) return fail(server.status());
   const HeapTrimmer trimmer(**server);
   std::unique_ptr<MetricsEndpoint> metrics;
@@ -164,7 +192,7 @@ int serve(const ServeOptions& options, SignalStop& signals) {
   log_to(console.sink(), LogLevel::kInfo, "shutting down");
   metrics.reset();
   (*server)->shutdown(std::chrono::seconds(10));
-  return kExitOk;
+  return worker_ended ? kExitServer : kExitOk;
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ SignalStop::SignalStop(bool hangup) : catch_hangup_(hangup) {
         const std::lock_guard lock(mutex_);
         hangup_ = true;
         changed_.notify_all();
-      } else if (!source_.request_stop()) {
+      } else if (!source_.request_stop() && repeats_end_) {
         _exit(128 + signal);
       }
     }

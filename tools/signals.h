@@ -24,6 +24,11 @@ class SignalStop {
   SignalStop& operator=(const SignalStop&) = delete;
 
   std::stop_token token() const { return source_.get_token(); }
+  // As the first signal does; for any thread.
+  void request_stop() { source_.request_stop(); }
+  // From now on a second signal ends nothing: for a program that another one is to end, and that
+  // may get the same signal from there and with its group.
+  void ignore_repeats() { repeats_end_ = false; }
   // Blocks until the stop is requested. Calls `on_hangup` on this thread after every SIGHUP, once
   // for several that came close together.
   void wait(const std::function<void()>& on_hangup = {});
@@ -31,6 +36,7 @@ class SignalStop {
  private:
   std::stop_source source_;
   std::atomic<bool> ending_ = false;
+  std::atomic<bool> repeats_end_ = true;
   const bool catch_hangup_;
   std::mutex mutex_;
   std::condition_variable_any changed_;
