@@ -6,6 +6,7 @@ earnest, a few lines of numpy in the tests.
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +49,14 @@ class BodyInfo:
 class BodyStep:
     session: object           # made by the same Body
     start_pos: int            # <= its kv_len; the cache is cut to it first
-    states: np.ndarray        # [rows, H] float32, finite
+    states: np.ndarray        # [rows, H] float32, finite; until run() returns
     wanted: int
     out: np.ndarray | None = None    # [0 | 1 | rows, H] float32, set by run()
     error: StepError | None = None   # instead of `out`
 
 
 class Body(ABC):
-    """run() and release() are called on the scheduler's thread, new_session() on another."""
+    """run() and release() are called on one thread, new_session() perhaps on another."""
 
     info: BodyInfo
 
@@ -73,6 +74,13 @@ class Body(ABC):
 
     def close(self) -> None:
         """After the last run."""
+
+
+def body_failed(error: Exception, log: Callable[[str, str], None]) -> StepError:
+    """For the steps of a run() that raised, a fault of ours or of the device: they learn no
+    details."""
+    log("error", f"the body failed: {type(error).__name__}: {error}")
+    return StepError(INTERNAL, "the body failed; the server's log says why")
 
 
 def check_positions(step: BodyStep, kv_len: int, max_context: int) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from . import front
 from .body import Body, LoadError
+from .identity import allowed_clients, format_public_key, load_secret_key
 from .signals import EarlySignals, write_line
 
 EXIT_OK, EXIT_USAGE = 0, 2
@@ -102,6 +104,11 @@ def make_parser() -> Parser:
              "layers; auto is compile on one GPU, graph on several, eager on a CPU")
     add("--max-batch", type=whole(1, 256), default=8, metavar="N",
         help="Sessions whose single rows run together (default: %(default)s)")
+    add("--front", default="", metavar="PROGRAM",
+        help="engine_serve of the same release: it speaks with the clients, this process only runs "
+             "the layers, and neither gRPC nor cryptography for Python is needed")
+    add("--metrics", default="", metavar="HOST:PORT",
+        help="With --front: where Prometheus reads counters, as with engine_serve")
     add("--quiet", action="store_true", help="Errors only")
     add("--verbose", action="store_true", help="Connections and sessions too")
     add("--version", action="store_true", help="What runs here")
@@ -146,7 +153,6 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
     from .admission import Admission
     from .channel import available_ciphers, public_key_of
     from .connection import ServerState
-    from .identity import allowed_clients, format_public_key
     from .scheduler import Scheduler
     from .server import BodyServer, ListenError
 
@@ -215,7 +221,7 @@ def main(arguments: list[str] | None = None,
          load: Callable[[argparse.Namespace, Console], Body | None] = load_torch_body,
          early: EarlySignals | None = None, **state) -> int:
     """`load` returns None on a rank that has followed another one to its end; `state` replaces
-    defaults of ServerState."""
+    defaults of ServerState, which there is without --front."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--version" in arguments:
         print_version()
@@ -223,23 +229,33 @@ def main(arguments: list[str] | None = None,
     early = early or EarlySignals()
     # gRPC's own lines on stderr say again, less clearly, what our errors say.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    options = make_parser().parse_with_environment(arguments)
+    parser = make_parser()
+    options = parser.parse_with_environment(arguments)
+    if options.metrics and not options.front:
+        parser.error("--metrics needs --front")
     console = Console(options.quiet, options.verbose)
     early.log = console.log
     try:
-        try:
-            from .identity import allowed_clients, load_secret_key
-            from . import server  # noqa: F401  before the weights: what is missing is said at once
-            from .tls import server_credentials
-        except ImportError as error:
-            raise LoadError(f"{error}; install tools/serve_torch/requirements.txt") from None
+        # Before the weights: what is missing or wrong is said at once.
         secret_key = load_secret_key(options.identity)
         allow = allowed_clients(options.allow)
-        credentials = server_credentials(options.tls_cert, options.tls_key, options.tls_client_ca)
+        if options.front:
+            front.check_program(options.front)
+        else:
+            try:
+                from . import server  # noqa: F401
+                from .tls import server_credentials
+            except ImportError as error:
+                raise LoadError(f"{error}; install tools/serve_torch/requirements.txt, or use "
+                                "--front") from None
+            credentials = server_credentials(options.tls_cert, options.tls_key,
+                                             options.tls_client_ca)
         body = load(options, console)
         if body is None:
             return EXIT_OK
         try:
+            if options.front:
+                return front.serve(options, body, console.log)
             return asyncio.run(serve(options, body, secret_key, allow, credentials, console, early,
                                      **state))
         finally:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .body import INTERNAL, WANTED_NONE, Body, BodyStep, StepError
+from .body import WANTED_NONE, Body, BodyStep, body_failed
 
 
 @dataclass(eq=False)
@@ -153,12 +153,11 @@ class Scheduler:
             self.body.run(steps)
             for chain, step in zip(chains, steps):
                 chain.share(step)
-        except Exception as error:  # a fault of ours or of the device: the steps learn no details
-            self.log("error", f"the body failed: {type(error).__name__}: {error}")
+        except Exception as error:
+            failed = body_failed(error, self.log)
             for job in (job for chain in chains for job in chain.jobs):
                 job.step.out = None
-                job.step.error = StepError(INTERNAL,
-                                           "the body failed; the server's log says why")
+                job.step.error = failed
         elapsed = 1000 * (time.perf_counter() - start)
         for chain in chains:
             # The answers leave together, so the client has waited for the first of them; and it
