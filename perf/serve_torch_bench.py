@@ -250,7 +250,8 @@ def end_to_end(args: argparse.Namespace) -> dict:
             [sys.executable, str(ROOT / "tools/serve_torch"), "--model", str(out / "body"),
              "--listen", "127.0.0.1:0", "--identity", "server.key", "--allow", "client.key.pub",
              "--device", args.device, "--dtype", args.dtype, "--max-context",
-             str(args.max_context), "--max-batch", str(args.max_batch)],
+             str(args.max_context), "--max-batch", str(args.max_batch),
+             *(["--front", str(programs / "engine_serve")] if args.front else [])],
             cwd=work, stdout=subprocess.PIPE, text=True)
         try:
             line = server.stdout.readline()
@@ -264,7 +265,7 @@ def end_to_end(args: argparse.Namespace) -> dict:
         finally:
             server.terminate()
             server.wait()
-    report = {"schema": "infemeral-serve-torch-e2e", "schema_version": 1,
+    report = {"schema": "infemeral-serve-torch-e2e", "schema_version": 1, "front": args.front,
               "mean_tpot_ms": run["mean_tpot_ms"], "tokens_per_s": 1e3 / run["mean_tpot_ms"],
               "phases": run["phases"]["decode"]}
     say(f"private, end to end: {report['tokens_per_s']:.1f} tokens/s")
@@ -290,6 +291,8 @@ def main() -> int:
     what.add_argument("--bench", type=Path, metavar="HF_DIR")
     what.add_argument("--end-to-end", type=Path, metavar="OUT")
     parser.add_argument("--programs", type=Path, metavar="DIR", help="has engine_run and its kin")
+    parser.add_argument("--front", action="store_true",
+                        help="with --end-to-end: engine_serve of --programs speaks with the client")
     parser.add_argument("--compare", type=Path, metavar="REPORT", help="what --bench wrote")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "f32", "f16", "bf16"), default="auto")

@@ -451,6 +451,8 @@ class Server:
         options = ["--model", args.work / "prepared/body", "--listen", "127.0.0.1:0", "--identity",
                    keys / "server.key", "--allow", keys / "client.key.pub", "--device", args.device,
                    "--decode", decode, "--max-context", args.max_context, "--max-sessions", 8]
+        if args.front:
+            options += ["--front", args.programs / "engine_serve"]
         self._process = subprocess.Popen(
             [*torchrun(args), str(SERVER), *map(str, options)], env=environment(), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -580,7 +582,7 @@ def run(args: argparse.Namespace) -> bool:
     result = {
         "schema": "infemeral-serve-torch-parallel", "schema_version": 1,
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "device": args.device, "n_gpus": args.gpus,
+        "device": args.device, "n_gpus": args.gpus, "front": args.front,
         "gpus": nvidia_smi("name"), "gpu_driver": (nvidia_smi("driver_version") or [None])[0],
         "torch": bandwidths[0]["torch"], "nccl": bandwidths[0]["nccl"],
         "environment": {name: value for name, value in sorted(os.environ.items())
@@ -632,7 +634,7 @@ def parse() -> argparse.Namespace:
     add("--run", action="store_true", help="serve it and measure")
     add("--work", type=Path, required=True, metavar="DIR", help="gets the model, as large as it is")
     add("--programs", type=Path, required=True, metavar="DIR",
-        help="has engine_prep, engine_keygen and engine_run")
+        help="has engine_prep, engine_keygen and engine_run, and for --front engine_serve")
     add("--output", type=Path, required=True, metavar="DIR", help="gets result.json and the logs")
     add("--gpus", type=positive, default=2, metavar="N", help="and ranks (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda",
@@ -658,6 +660,8 @@ def parse() -> argparse.Namespace:
                              help="positions of a session (default: %(default)s)")
     run_options.add_argument("--backend", choices=("auto", "cpu", "cuda"), default="auto",
                              help="engine_run's (default: %(default)s)")
+    run_options.add_argument("--front", action="store_true",
+                             help="engine_serve of --programs speaks with the client")
     args = parser.parse_args()
     if not (args.make or args.run):
         parser.error("--make or --run, or both")
@@ -665,7 +669,8 @@ def parse() -> argparse.Namespace:
         parser.error("--layers must be at least 2: the first is engine_prep's")
     if args.prompt_tokens + args.tokens > args.max_context:
         parser.error("--prompt-tokens and --tokens must fit --max-context")
-    for name in ("engine_prep", "engine_keygen", "engine_run"):
+    for name in ("engine_prep", "engine_keygen", "engine_run",
+                 *(["engine_serve"] if args.front else [])):
         if not (args.programs / name).is_file():
             parser.error(f"{args.programs} has no program {name}")
     for name in ("work", "programs", "output"):
