@@ -234,8 +234,8 @@ absl::StatusOr<std::unique_ptr<BodyServer>> BodyServer::start(Body& body,
     return absl::UnimplementedError("this processor has none of the ciphers that are accepted");
   }
   options.ciphers = std::move(ciphers);
-  auto scheduler =
-      std::make_unique<Scheduler>(body, std::min(options.joined_rows, options.max_rows_per_step));
+  auto scheduler = std::make_unique<Scheduler>(
+      body, std::min(options.joined_rows, options.max_rows_per_step), options.quick_run);
   auto server = std::make_unique<GrpcBodyServer>(
       std::make_shared<ServerState>(body, options, std::move(scheduler)));
   if (absl::Status status = server->listen(); !status.ok()) return status;

@@ -8,10 +8,6 @@
 namespace infemeral {
 namespace {
 
-// A thread that sleeps is awake after 10 to 50 us, which only the steps of a quick body feel. A
-// longer run must not hold the thread of gRPC's that submits it.
-constexpr std::chrono::microseconds kQuickRun{500};
-
 using Jobs = std::list<StepJob>;
 
 // In a batch, the steps that run as one stand next to each other: the end of those that begin at
@@ -52,8 +48,8 @@ bool StepJob::make_room(std::size_t hidden_size) {
   }
 }
 
-Scheduler::Scheduler(Body& body, std::uint32_t joined_rows)
-    : body_(body), joined_rows_(joined_rows), thread_([this] { run(); }) {}
+Scheduler::Scheduler(Body& body, std::uint32_t joined_rows, Clock::duration quick_run)
+    : body_(body), joined_rows_(joined_rows), quick_run_(quick_run), thread_([this] { run(); }) {}
 
 Scheduler::~Scheduler() {
   {
@@ -82,7 +78,7 @@ void Scheduler::submit(StepJob job) {
 }
 
 bool Scheduler::runs_at_once() {
-  const bool quick = decode_run_ > Clock::duration::zero() && decode_run_ < kQuickRun;
+  const bool quick = decode_run_ > Clock::duration::zero() && decode_run_ < quick_run_;
   return quick && !running_ && waiting_.size() == 1 && waiting_.front().rows == 1 &&
          !expects_by(Clock::now() + patience());
 }

@@ -66,8 +66,12 @@ class StepQueue {
 
 class Scheduler final : public StepQueue {
  public:
-  // Waiting steps of one session are joined to runs of at most `joined_rows` rows.
-  Scheduler(Body& body, std::uint32_t joined_rows);
+  using Clock = std::chrono::steady_clock;
+
+  // Waiting steps of one session are joined to runs of at most `joined_rows` rows. A body is quick
+  // while a run of decode steps takes less than `quick_run`.
+  Scheduler(Body& body, std::uint32_t joined_rows,
+            Clock::duration quick_run = std::chrono::microseconds(500));
   ~Scheduler() override;  // finishes the run in progress and drops what waits
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
@@ -78,8 +82,6 @@ class Scheduler final : public StepQueue {
   std::uint32_t waiting() const override;
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   void run();
   bool runs_at_once();
   void run_batch(std::unique_lock<std::mutex>& lock);
@@ -92,6 +94,7 @@ class Scheduler final : public StepQueue {
 
   Body& body_;
   const std::uint32_t joined_rows_;
+  const Clock::duration quick_run_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::list<StepJob> waiting_;

@@ -22,6 +22,8 @@ namespace {
 
 // A GPU is worth as many rows as a step may have.
 constexpr std::uint32_t kWorkerRows = 512;
+// Of a worker's step the thread that waits for it only waits.
+constexpr std::chrono::milliseconds kWorkerQuickRun{10};
 
 struct ServeOptions {
   std::string model;
@@ -157,7 +159,10 @@ int serve(const ServeOptions& options, SignalStop& signals) {
                             .max_kv_bytes = options.max_kv_mib << 20,
                             .tls = std::move(tls),
                             .log = console.sink()};
-  if (is_front) serving.joined_rows = kWorkerRows;
+  if (is_front) {
+    serving.joined_rows = kWorkerRows;
+    serving.quick_run = kWorkerQuickRun;
+  }
   auto server = BodyServer::start(**body, std::move(serving));
   if (!server.ok()) return fail(server.status());
   const HeapTrimmer trimmer(**server);
