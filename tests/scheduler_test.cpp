@@ -113,9 +113,9 @@ TEST_CASE("only a quick body runs on the thread that brings a step") {
   struct Case {
     microseconds run_time, quick_run;
   };
-  for (const auto& [run_time, quick_run] : {Case{microseconds(0), microseconds(500)},
-                                            Case{microseconds(2000), microseconds(500)},
-                                            Case{microseconds(2000), microseconds(1000000)}}) {
+  for (const auto& [run_time, quick_run] :
+       {Case{microseconds(0), microseconds(500)}, Case{microseconds(2000), microseconds(500)},
+        Case{microseconds(2000), microseconds(1000000)}}) {
     WaitingBody body(run_time);
     Scheduler scheduler(body, kJoinedRows, quick_run);
     const auto session = new_session(body);
