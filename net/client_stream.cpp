@@ -162,6 +162,11 @@ absl::Status ClientStream::check_refusal(const v1::Refusal& refusal, CipherSuite
 absl::Status ClientStream::broken(const Interrupt& interrupt, StreamStage stage) {
   // Our own reasons first: gRPC only knows that the call was cancelled.
   if (stopped_ || timed_out_) context_->TryCancel();
+  // gRPC gives the status only to who has read what came before it, such as answers to steps that
+  // were sent ahead.
+  v1::Envelope unread;
+  while (stream_->Read(&unread)) {
+  }
   const grpc::Status status = stream_->Finish();
   stream_.reset();
   if (interrupt.stopped()) return absl::CancelledError("stopped");

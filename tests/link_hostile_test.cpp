@@ -448,6 +448,38 @@ TEST_CASE("whatever a server says, the end of a link is not one request's fault"
   }
 }
 
+// gRPC holds the end of a call back from who has not read all that came before it.
+TEST_CASE("a step that cannot be sent does not wait behind an answer that nobody has taken") {
+  Rig rig;
+  rig.options.step_timeout = std::chrono::seconds(60);
+  RudeServer server(rig.server_identity);
+  rig.use_port(server.port);
+  int steps = 0;
+  server.answer = [&](const Frame& frame) -> RudeServer::Answer {
+    if (std::holds_alternative<StepFrame>(frame.kind) && ++steps == 2) {
+      return grpc::Status(grpc::StatusCode::UNAVAILABLE, "words");
+    }
+    return encode_frame(
+        {frame.request,
+         OpenedFrame{
+             {.id = 1, .hidden_size = 96, .max_context = 10, .max_rows = 10, .body = "rude"}}});
+  };
+  const auto link = rig.connect();
+  REQUIRE(link->open_session({}).ok());
+  const std::vector<std::byte> wire(wire_row_bytes(WireDtype::kF16, 96));
+  PhaseTimes times;
+  const auto begin = std::chrono::steady_clock::now();
+  absl::Status status;
+  for (std::uint32_t i = 0; i < Link::kMaxInFlight && status.ok(); ++i) {
+    status = link->submit(
+        {.session = 1, .start_pos = i, .rows = 1, .dtype = WireDtype::kF16, .tensor = wire}, {},
+        times);
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));  // the server's words come
+  }
+  check_says(status, absl::StatusCode::kUnavailable, "words");
+  CHECK(std::chrono::steady_clock::now() - begin < std::chrono::seconds(30));
+}
+
 TEST_CASE("a second handshake message that carries something is refused") {
   Rig rig;
   RudeServer server(rig.server_identity);
