@@ -251,6 +251,18 @@ class Loading:
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
             text=True, env=environment)
         assert soon(reads, 120) and self._pipe is not None, self.process.stderr.read()
+        # And sleeps in its read: Python looks at a signal between two of its own instructions, and
+        # one that came just before the read would be seen only after it.
+        assert soon(self._sleeps, 120)
+
+    def _sleeps(self) -> bool:
+        def look():
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+            return fields[0], fields[11:13]  # state, processor time
+
+        first = look()
+        time.sleep(0.1)
+        return first[0] == "S" and look() == first
 
     def __enter__(self):
         return self
