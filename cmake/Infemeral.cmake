@@ -49,8 +49,8 @@ function(infemeral_room name)
 endfunction()
 
 # infemeral_compile_quickly(EXCEPT...): this folder's targets without optimisation, in a build with
-# AddressSanitizer. For tests and programs that leave the computing to the rooms: optimising them was
-# half of such a build's time. Not with ThreadSanitizer, to which unoptimised code shows other races
+# AddressSanitizer. For tests and programs that leave the computing to the rooms: optimising them was a
+# third of such a build's time. Not with ThreadSanitizer, to which unoptimised code shows other races
 # of libraries that are built without it.
 function(infemeral_compile_quickly)
   if(NOT INFEMERAL_SANITIZE MATCHES address)

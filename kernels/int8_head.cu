@@ -35,7 +35,7 @@ __device__ void multiply_add(std::int32_t (&sums)[4], unsigned a0, unsigned a1, 
 
 // What the product needs to know of a state; in shared memory.
 struct alignas(16) StateView {
-  float scale, scale_factor, error_factor, norm_factor;
+  float scale, scale_factor, error_factor, norm_factor;  // of bound()
   float penalty, inverse_temperature;
   bool covered, needs_lower;
   __device__ StateBound bound() const { return {scale, scale_factor, error_factor, norm_factor}; }

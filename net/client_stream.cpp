@@ -162,13 +162,7 @@ absl::Status ClientStream::check_refusal(const v1::Refusal& refusal, CipherSuite
 absl::Status ClientStream::broken(const Interrupt& interrupt, StreamStage stage) {
   // Our own reasons first: gRPC only knows that the call was cancelled.
   if (stopped_ || timed_out_) context_->TryCancel();
-  // gRPC gives the status only to who has read what came before it, such as answers to steps that
-  // were sent ahead.
-  v1::Envelope unread;
-  while (stream_->Read(&unread)) {
-  }
-  const grpc::Status status = stream_->Finish();
-  stream_.reset();
+  const grpc::Status status = finish_stream();
   if (interrupt.stopped()) return absl::CancelledError("stopped");
   if (timed_out_) {
     return no_answer(stage == StreamStage::kConnecting ? options_.connect_timeout
@@ -198,11 +192,18 @@ void ClientStream::hang_up() {
   if (!stream_) return;
   const Interrupt interrupt(*this, kCloseTimeout, {});
   stream_->WritesDone();
-  v1::Envelope rest;
-  while (stream_->Read(&rest)) {
+  (void)finish_stream();
+}
+
+grpc::Status ClientStream::finish_stream() {
+  // gRPC gives the status only to who has read what came before it, such as answers to steps that
+  // were sent ahead.
+  v1::Envelope unread;
+  while (stream_->Read(&unread)) {
   }
-  stream_->Finish();
+  grpc::Status status = stream_->Finish();
   stream_.reset();
+  return status;
 }
 
 // ---- frames ----

@@ -89,6 +89,7 @@ class ClientStream {
   absl::Status broken(const Interrupt& interrupt, StreamStage stage);
   absl::Status no_answer(std::chrono::milliseconds timeout) const;
   void hang_up();
+  grpc::Status finish_stream();  // waits for its end
 
   const ClientLinkOptions& options_;
   const Identity identity_;

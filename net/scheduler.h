@@ -70,8 +70,7 @@ class Scheduler final : public StepQueue {
 
   // Waiting steps of one session are joined to runs of at most `joined_rows` rows. A body is quick
   // while a run of decode steps takes less than `quick_run`.
-  Scheduler(Body& body, std::uint32_t joined_rows,
-            Clock::duration quick_run = std::chrono::microseconds(500));
+  Scheduler(Body& body, std::uint32_t joined_rows, Clock::duration quick_run);
   ~Scheduler() override;  // finishes the run in progress and drops what waits
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;

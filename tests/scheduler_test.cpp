@@ -17,6 +17,7 @@ namespace {
 
 constexpr auto kRunTime = std::chrono::milliseconds(20);
 constexpr std::uint32_t kJoinedRows = 10;
+constexpr std::chrono::microseconds kQuickRun{500};
 
 class WaitingBody final : public Body {
  public:
@@ -81,7 +82,7 @@ TEST_CASE("sessions that decode at the same time come to share runs, though they
   constexpr int kSteps = 40;
   WaitingBody body;
   {
-    Scheduler scheduler(body, kJoinedRows);
+    Scheduler scheduler(body, kJoinedRows, kQuickRun);
     const auto first = new_session(body), second = new_session(body);
     std::thread other([&] {
       std::this_thread::sleep_for(kRunTime / 2);
@@ -96,7 +97,7 @@ TEST_CASE("sessions that decode at the same time come to share runs, though they
 
 TEST_CASE("a session that decodes no more holds up nobody, and is not kept alive") {
   WaitingBody body;
-  Scheduler scheduler(body, kJoinedRows);
+  Scheduler scheduler(body, kJoinedRows, kQuickRun);
   const auto stays = new_session(body);
   auto leaves = new_session(body);
   std::thread other([&] { decode(scheduler, leaves, 10); });
@@ -114,7 +115,7 @@ TEST_CASE("only a quick body runs on the thread that brings a step") {
     microseconds run_time, quick_run;
   };
   for (const auto& [run_time, quick_run] :
-       {Case{microseconds(0), microseconds(500)}, Case{microseconds(2000), microseconds(500)},
+       {Case{microseconds(0), kQuickRun}, Case{microseconds(2000), kQuickRun},
         Case{microseconds(2000), microseconds(1000000)}}) {
     WaitingBody body(run_time);
     Scheduler scheduler(body, kJoinedRows, quick_run);
@@ -138,7 +139,7 @@ TEST_CASE("quick steps from many threads are all run, one run at a time") {
   constexpr std::size_t kThreads = 4;
   WaitingBody body(std::chrono::microseconds(0));
   {
-    Scheduler scheduler(body, kJoinedRows);
+    Scheduler scheduler(body, kJoinedRows, kQuickRun);
     std::vector<std::thread> threads;
     for (std::size_t i = 0; i < kThreads; ++i) {
       threads.emplace_back([&] {
@@ -159,7 +160,7 @@ TEST_CASE("quick steps from many threads are all run, one run at a time") {
 
 TEST_CASE("who has an answer and closes the session finds its place free") {
   WaitingBody body;
-  Scheduler scheduler(body, kJoinedRows);
+  Scheduler scheduler(body, kJoinedRows, kQuickRun);
   auto session = new_session(body);
   const std::weak_ptr<ServedSession> weak = session;
   std::promise<bool> gone;
@@ -240,7 +241,7 @@ TEST_CASE("steps that continue each other and wait are run as one, and answered 
   std::atomic<std::size_t> left = kSteps;
   std::promise<void> all;
   {
-    Scheduler scheduler(body, kJoinedRows);
+    Scheduler scheduler(body, kJoinedRows, kQuickRun);
     const auto first = new_session(body);
     StepJob job{.session = first, .rows = 1, .states = {0}};
     job.abandoned = [] { return false; };
@@ -321,7 +322,7 @@ TEST_CASE("steps that nobody waits for are dropped together") {
   RecordingBody body;
   const auto session = new_session(body);
   {
-    Scheduler scheduler(body, kJoinedRows);
+    Scheduler scheduler(body, kJoinedRows, kQuickRun);
     std::promise<void> over;
     for (std::uint32_t i = 0; i < 5; ++i) {
       StepJob job{.session = i == 0 || i == 4 ? new_session(body) : session,
