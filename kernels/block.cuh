@@ -23,6 +23,17 @@ __device__ inline float from_ordered(std::uint32_t key) {
   return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
+// A score and its token as one number: the larger score is the larger, of equal ones the lower id.
+__device__ inline unsigned long long ordered(float score, int id) {
+  return static_cast<unsigned long long>(ordered(score)) << 32 | ~static_cast<std::uint32_t>(id);
+}
+__device__ inline float score_in(unsigned long long key) {
+  return from_ordered(static_cast<std::uint32_t>(key >> 32));
+}
+__device__ inline int token_in(unsigned long long key) {
+  return static_cast<int>(~static_cast<std::uint32_t>(key));
+}
+
 struct Sum {
   template <typename T>
   __device__ T operator()(T a, T b) const {

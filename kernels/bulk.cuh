@@ -46,6 +46,17 @@ __device__ inline void copy_bulk(void* shared, const void* global, int bytes,
       "l"(global), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
+// The same for what is read once a token, and must not push out of the L2 cache what is read again.
+__device__ inline void copy_bulk_once(void* shared, const void* global, int bytes,
+                                      std::uint64_t* barrier) {
+  asm volatile(
+      "{\n .reg .b64 once;\n"
+      " createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+      " cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+      "[%1], %2, [%3], once;\n}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
 #endif
 
 }  // namespace infemeral::cuda

@@ -174,8 +174,7 @@ absl::Status ClientStages::de_embed_and_sample(const HeadKey& key) const {
 absl::Status ClientStages::sample(const Sample& args, bool scans, bool chooses) const {
   if (args.known) INFEMERAL_CUDA(score_logits(stage(), args));
   if (scans) INFEMERAL_CUDA(scan(stage(), args));
-  INFEMERAL_CUDA(select(stage(), args));
-  if (chooses) INFEMERAL_CUDA(choose(stage(), args));
+  INFEMERAL_CUDA(select(stage(), args, chooses));
   return absl::OkStatus();
 }
 

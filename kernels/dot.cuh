@@ -16,9 +16,22 @@ inline constexpr int kStep = kWarp * kLaneValues;  // columns that a warp takes 
 __device__ inline void load_states(const float* x, int states, int stride, float4* shared) {
   const int groups = stride / 4;
   const auto* in = reinterpret_cast<const float4*>(x);
-  for (int i = threadIdx.x; i < states * groups; i += blockDim.x) {
-    const int state = i / groups, group = i % groups;
-    shared[state * groups + (group % 2) * (groups / 2) + group / 2] = in[i];
+  constexpr int kAhead = 4;  // loads on their way at once: each takes as long as all
+  for (int first = threadIdx.x; first < states * groups; first += kAhead * blockDim.x) {
+    float4 values[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int i = first + a * blockDim.x;
+      if (i < states * groups) values[a] = in[i];
+    }
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int i = first + a * blockDim.x;
+      const int state = i / groups, group = i % groups;
+      if (i < states * groups) {
+        shared[state * groups + (group % 2) * (groups / 2) + group / 2] = values[a];
+      }
+    }
   }
 }
 

@@ -7,31 +7,33 @@
 
 namespace infemeral::cuda {
 
-// values[b] becomes the sum of values[0 .. b], for 256 values, the first a thread. For whole blocks
-// of at least 256 threads.
-inline constexpr int kSummed = 256;
-static_assert(kBins <= kSummed);
-template <typename T>
+// values[b] becomes the sum of values[0 .. b], for N values. For whole blocks.
+template <int N, typename T>
 __device__ void running_sums(T* values) {
-  constexpr int kWarps = kSummed / kWarp;
-  __shared__ T totals[kWarps];
-  const int i = threadIdx.x, lane = i % kWarp;
-  T sum = {};
-  if (i < kSummed) {
-    sum = values[i];
+  static_assert(N % kWarp == 0);
+  __shared__ T totals[N / kWarp];
+  const int lane = threadIdx.x % kWarp;
+  for (int i = threadIdx.x; i < N; i += blockDim.x) {
+    T sum = values[i];
     for (int offset = 1; offset < kWarp; offset *= 2) {
       const T before = from_lane_below(sum, offset);
       if (lane >= offset) sum += before;
     }
+    values[i] = sum;
     if (lane == kWarp - 1) totals[i / kWarp] = sum;
   }
   __syncthreads();
-  if (i < kSummed) {
+  for (int i = threadIdx.x; i < N; i += blockDim.x) {
+    T sum = values[i];
     for (int w = 0; w < i / kWarp; ++w) sum += totals[w];
     values[i] = sum;
   }
   __syncthreads();
 }
+
+// Scores by depth below the maximum, bytes of their bits: a thread each.
+inline constexpr int kDigits = 256;
+static_assert(kBins <= kDigits);
 
 // exp(score - max) in units of 2^-40, as engine/sampling.h defines it.
 __device__ unsigned long long probability_mass(float score, float max) {
@@ -74,23 +76,42 @@ struct Cut {
   unsigned long long inside;  // the weight of all that are in
 };
 
+// What a block of cut_at shares, whatever the items: memory that is asked for once.
+// Weights are below 2^44. They are added in parts of 11 bits, whose sums over 2^21 tokens fit 32
+// bits: such additions are what shared memory does in one go, however many meet in one place.
+inline constexpr int kParts = 4, kPartBits = 11;
+inline constexpr int kListed = 256;
+struct CutMemory {
+  std::uint32_t parts[kParts][kDigits];
+  unsigned long long sums[kDigits];
+  float listed[kListed];  // those of the chosen depth, when they are few
+  unsigned long long listed_weight[kListed];
+  int n_listed;
+  unsigned long long above;  // the weight of what is certainly in
+  int chosen;
+  Cut found;
+};
+__device__ inline CutMemory& cut_memory() {
+  __shared__ CutMemory memory;
+  return memory;
+}
+
 // The fewest largest scores that weigh `enough` together, ties with the last one included. The
 // whole block calls it; the scores from `floor` on must weigh that much. First by depth below the
 // maximum, where scores spread, then, among those of one depth, eight bits at a time.
 template <typename Items, typename Weight>
 __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
                       const Weight& weight) {
-  constexpr int kDigits = kSummed, kPerNat = 8;
-  // Weights are below 2^44. They are added in parts of 11 bits, whose sums over 2^21 tokens fit 32
-  // bits: such additions are what shared memory does in one go, however many meet in one place.
-  constexpr int kParts = 4, kPartBits = 11;
-  __shared__ std::uint32_t parts[kParts][kDigits];
-  __shared__ unsigned long long sums[kDigits];
-  __shared__ unsigned long long above;  // the weight of what is certainly in
-  __shared__ int chosen;
+  constexpr int kPerNat = 8;
+  CutMemory& memory = cut_memory();
+  auto& parts = memory.parts;
+  auto& sums = memory.sums;
+  auto& listed = memory.listed;
+  auto& listed_weight = memory.listed_weight;
+  int &n_listed = memory.n_listed, &chosen = memory.chosen;
   if (threadIdx.x == 0) {
     chosen = kDigits - 1;  // should NaN leave too few
-    above = 0;
+    memory.above = 0;
   }
   const auto depth_of = [&](float score) {
     const float depth = (max - score) * kPerNat;
@@ -103,12 +124,6 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
     }
     return sum;
   };
-  // Those of the chosen depth, when they are few.
-  constexpr int kListed = 256;
-  __shared__ float listed[kListed];
-  __shared__ unsigned long long listed_weight[kListed];
-  __shared__ int n_listed;
-  __shared__ Cut found;
   if (threadIdx.x == 0) n_listed = 0;
   unsigned long long before = 0, last = 0;
   int depth = 0;
@@ -137,17 +152,17 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
     __syncthreads();
     for (int i = threadIdx.x; i < kDigits; i += blockDim.x) sums[i] = weight_at(i);
     __syncthreads();
-    running_sums(sums);
+    running_sums<kDigits>(sums);
     if (threadIdx.x < kDigits) {
       const unsigned long long until = before + sums[threadIdx.x],
                                from = before + (threadIdx.x > 0 ? sums[threadIdx.x - 1] : 0);
       if (static_cast<double>(until) >= enough && static_cast<double>(from) < enough) {
         chosen = threadIdx.x;
-        above = from;
+        memory.above = from;
       }
     }
     __syncthreads();
-    before = above;
+    before = memory.above;
     last = weight_at(chosen);
     if (shift < 32) {
       prefix |= static_cast<std::uint32_t>(255 - chosen) << shift;
@@ -173,11 +188,11 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
         if (listed[i] == score) equal += listed_weight[i];
       }
       if (static_cast<double>(larger) < enough && static_cast<double>(larger + equal) >= enough) {
-        found = {score, larger + equal};
+        memory.found = {score, larger + equal};
       }
     }
     __syncthreads();
-    const Cut cut = found;
+    const Cut cut = memory.found;
     __syncthreads();
     return cut;
   }
@@ -241,9 +256,8 @@ __device__ Filtered filter_many(const Items& items, const RowRequest& request, f
   return kept;
 }
 
-// The same for so few that each can have a thread, which counts what goes before its own: they are
-// sorted then.
-inline constexpr int kFew = kSummed;
+// The same for so few that it can be counted what goes before each: they are sorted then.
+inline constexpr int kFew = 512;
 template <typename Items>
 __device__ Filtered filter_few(const Items& items, const RowRequest& request, const Rest& rest) {
   __shared__ float4 given[kFew / 4];
@@ -251,12 +265,14 @@ __device__ Filtered filter_few(const Items& items, const RowRequest& request, co
   __shared__ unsigned long long sums[kFew];  // of the masses down to each
   __shared__ float floor;
   __shared__ unsigned long long inside;
-  const int n = items.n, own = threadIdx.x;
-  const bool exists = own < n && !isnan(items.score(own));
-  const float score = exists ? items.score(own) : -HUGE_VALF;
-  if (own < kFew) reinterpret_cast<float*>(given)[own] = score;
+  const int n = items.n;
+  const auto exists = [&](int i) { return i < n && !isnan(items.score(i)); };
+  for (int own = threadIdx.x; own < kFew; own += blockDim.x) {
+    reinterpret_cast<float*>(given)[own] = exists(own) ? items.score(own) : -HUGE_VALF;
+  }
   __syncthreads();
-  if (own < kFew) {
+  for (int own = threadIdx.x; own < kFew; own += blockDim.x) {
+    const float score = reinterpret_cast<const float*>(given)[own];
     const int warp = own / kWarp * kWarp;  // whose items are told apart one by one
     int place = own;                       // of what is not an item: where it is, behind the others
     if (own < n) {
@@ -275,27 +291,32 @@ __device__ Filtered filter_few(const Items& items, const RowRequest& request, co
       }
     }
     sorted[place] = score;
-    sums[place] = exists && request.top_p < 1 ? items.mass(own) : 0;
+    sums[place] = exists(own) && request.top_p < 1 ? items.mass(own) : 0;
   }
   __syncthreads();
   Filtered kept;
   if (request.top_k > 0 && request.top_k < n) kept.floor = sorted[request.top_k - 1];
   if (request.top_p >= 1) return kept;
-  const bool counts = own < n && sorted[own] >= kept.floor;
-  const Totals totals = totals_in_block({counts ? sums[own] : 0, rest});
+  Totals totals = {0, rest};
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    if (sorted[i] >= kept.floor) totals.kept += sums[i];
+  }
+  totals = totals_in_block(totals);
   kept.total = totals.kept;
   kept.rest = totals.rest;
-  running_sums(sums);
+  running_sums<kFew>(sums);
   const double enough = request.top_p * static_cast<double>(kept.total);
-  if (own < n && static_cast<double>(sums[own]) >= enough &&
-      (own == 0 || static_cast<double>(sums[own - 1]) < enough)) {
-    floor = sorted[own];
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    if (static_cast<double>(sums[i]) >= enough &&
+        (i == 0 || static_cast<double>(sums[i - 1]) < enough)) {
+      floor = sorted[i];
+    }
   }
   __syncthreads();
   kept.floor = floor;
-  // With the last of those that are equal to it.
-  if (own < n && sorted[own] == kept.floor && (own + 1 == n || sorted[own + 1] != kept.floor)) {
-    inside = sums[own];
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    // With the last of those that are equal to it.
+    if (sorted[i] == kept.floor && (i + 1 == n || sorted[i + 1] != kept.floor)) inside = sums[i];
   }
   __syncthreads();
   kept.inside = inside;

@@ -75,13 +75,13 @@ struct RowState {
   std::int32_t finite;
   std::int32_t covered;  // the proof holds for this state
   // From here on: what forget_candidates forgets.
-  std::uint32_t top;          // ordered(largest lower end)
+  unsigned long long top;     // ordered(largest lower end, its token)
+  unsigned long long best;    // kGreedy: ordered(score, token) of the best candidate so far
   std::uint32_t best_noisy;   // ordered(largest lower end plus noise), kUnlimited only
   std::uint32_t claimed;      // row 0: pieces of lm_head that blocks have claimed
   std::uint32_t candidates;   // found so far; may pass kMaxCandidates
   std::uint32_t edge;         // kTopK, kNucleus: bins below it are candidates
   std::uint32_t blocks_done;  // kGreedy: of select
-  unsigned long long best;    // kGreedy: ordered(score) above the complement of the id
   Bin bins[kBins];
 };
 

@@ -46,11 +46,20 @@ __device__ std::int64_t whole_sum(std::int32_t high, std::int32_t low) {
   return std::int64_t{256} * high + low;
 }
 
+// The largest lower end that a thread has seen of a state.
+struct LowerEnd {
+  float score = -HUGE_VALF;
+  int token = -1;
+  __device__ void raise(float low, int id) {
+    if (low > score) score = low, token = id;
+  }
+};
+
 // Intervals from the sums of one tile: rows `row` and `row` + 8, each with the high and the low
-// plane of state s. `best` becomes the largest lower end.
+// plane of state s. `best` becomes that with the largest lower end.
 __device__ void write_any_intervals(const Product& p, const StateView* states, int s, int row,
                                     const RowBound (&row_bounds)[2], const std::int32_t (&sums)[4],
-                                    float& best) {
+                                    LowerEnd& best) {
   if (!states[s].covered) return;
   const StateBound bound = states[s].bound();
   const Scorer score(states[s].penalty, states[s].inverse_temperature,
@@ -70,7 +79,7 @@ __device__ void write_any_intervals(const Product& p, const StateView* states, i
     const float low = score(centre - radius, id);
     p.upper[at] = score(centre + radius, id);
     if (states[s].needs_lower) p.lower[at] = low;
-    best = fmaxf(best, low);
+    best.raise(low, id);
   }
 }
 
@@ -80,7 +89,7 @@ template <int Groups>
 __device__ void write_plain_intervals(const Product& p, const StateView* states, int row,
                                       const RowBound (&row_bounds)[2],
                                       const std::int32_t (&sums)[Groups][4],
-                                      float (&best)[Groups]) {
+                                      LowerEnd (&best)[Groups]) {
   const int lane = threadIdx.x % kWarp;
   std::size_t at = lane % 4 * score_stride(p.vocab_size) + row;
 #pragma unroll
@@ -97,7 +106,7 @@ __device__ void write_plain_intervals(const Product& p, const StateView* states,
       if (row + 8 * half >= p.vocab_size || !state.covered) continue;
       p.upper[at + 8 * half] = high;
       if (state.needs_lower) p.lower[at + 8 * half] = low;
-      best[g] = fmaxf(best[g], low);
+      best[g].raise(low, row + 8 * half);
     }
   }
 }
@@ -105,7 +114,7 @@ __device__ void write_plain_intervals(const Product& p, const StateView* states,
 template <int Groups>
 __device__ void write_intervals(const Product& p, const StateView* states, bool penalties, int row,
                                 const RowBound (&row_bounds)[2],
-                                const std::int32_t (&sums)[Groups][4], float (&best)[Groups]) {
+                                const std::int32_t (&sums)[Groups][4], LowerEnd (&best)[Groups]) {
   if (!penalties) return write_plain_intervals(p, states, row, row_bounds, sums, best);
 #pragma unroll
   for (int g = 0; g < Groups; ++g) {
@@ -113,8 +122,13 @@ __device__ void write_intervals(const Product& p, const StateView* states, bool 
   }
 }
 
-constexpr int kConsumers = 8;                              // warps that multiply
-constexpr int kProductThreads = (kConsumers + 1) * kWarp;  // and one that fetches
+constexpr int kConsumers = 8;  // warps that multiply a piece
+// Teams of those, which take turns at the pieces: while one makes intervals, the other multiplies.
+// It pays where there are many intervals a piece.
+template <bool Warpgroups>
+constexpr int kTeams = Warpgroups ? 2 : 1;
+template <bool Warpgroups>  // and one warp that fetches
+constexpr int kProductThreads = (kTeams<Warpgroups> * kConsumers + 1) * kWarp;
 
 // Tiles that a block takes at a time, a piece. With one state the memory is the limit, and small
 // pieces end at the same time on all multiprocessors: two warps share a tile. With more states
@@ -145,7 +159,8 @@ constexpr int kStage = kTiles<Single>*(kTileBytes + kTileRows * int{sizeof(RowBo
 // Warpgroups: four warps multiply together, where there is such an instruction: the planes come
 // from shared memory once for all of them.
 template <int Groups, bool Single, bool Warpgroups>
-__global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, int stages) {
+__global__ void __launch_bounds__(kProductThreads<Warpgroups>, 1)
+    product_kernel(Product p, int stages) {
   static_assert(Groups == 1 || !Single);
   static_assert(Groups >= 4 || !Warpgroups);
   if constexpr (Warpgroups && !kWarpgroupProducts) return;  // never launched
@@ -157,9 +172,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
   const int tiles = tiles_of(p.vocab_size);
   const int chunks = (p.stride / kAlign + kChunkBlocks - 1) / kChunkBlocks;
   const int tile_in_piece = warp % kPieceTiles;
-  float best[Groups];
-#pragma unroll
-  for (float& value : best) value = -HUGE_VALF;
+  LowerEnd best[Groups];
   const auto view = [&](int s, const StateBound& bound, bool covered) {
     const RowRequest& request = p.rows[s].request;
     const Selection selection = request.selection;
@@ -180,7 +193,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
   };
 
 #if __CUDA_ARCH__ >= 900
-  constexpr int kConsumerThreads = kConsumers * kWarp;
+  constexpr int kConsumerWarps = kTeams<Warpgroups> * kConsumers;
+  constexpr int kConsumerThreads = kConsumerWarps * kWarp;
   const int pieces = tiles / kPieceTiles;
   constexpr int kSinglePlanes = 128;  // bytes of a block of columns: two of eight columns
   constexpr int kRowBytes = kPieceTiles * kTileBytes;
@@ -189,12 +203,13 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
   constexpr int kStageBytes = kStage<Groups, Single>;
   static_assert(kBoundsAt + kBoundBytes == kStageBytes && kBoundBytes % 128 == 0);
   constexpr int kStages = kMaxStages<Single>;
-  __shared__ std::uint64_t full[kStages], empty[kStages];
+  // A team sees only what is for it, and each time that a stage was filled for it.
+  __shared__ std::uint64_t full[kTeams<Warpgroups>][kStages], empty[kStages];
   __shared__ int piece_in[kStages];  // -1: there are no more
   std::byte* const own_planes = shared + stages * kStageBytes;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
-      barrier_init(&full[i], 1);
+      for (auto& of_team : full) barrier_init(&of_team[i], 1);
       barrier_init(&empty[i], kConsumers);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -202,11 +217,12 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
   __syncthreads();
   // Pieces that are everybody's own fill the stages before anything may be claimed.
   const int own_pieces = (stages + chunks - 1) / chunks;
-  if (warp == kConsumers) {
+  if (warp == kConsumerWarps) {
     if (lane == 0) {
       struct Place {  // of the chunk that is next
-        int stage = 0, parity = 0, chunk = 0, turn = 0, piece;
+        int stage = 0, chunk = 0, turn = 0, piece;
       } at;
+      unsigned parities = 0;  // a bit a stage: how often it was filled
       at.piece = blockIdx.x;
       int claimed = 0;  // the piece after this one, once the own ones are used up
       bool may_claim = false;
@@ -215,7 +231,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
                static_cast<int>(atomicAdd(&p.rows[0].claimed, 1u));
       };
       const auto advance = [&] {
-        if (++at.stage == stages) at.stage = 0, at.parity ^= 1;
+        if (++at.stage == stages) at.stage = 0;
         if (++at.chunk < chunks) return;
         at.chunk = 0;
         if (++at.turn < own_pieces) {
@@ -225,30 +241,38 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
           if (may_claim) claimed = claim();  // known long before it is needed
         }
       };
+      const auto full_at = [&](int stage, int turn) {
+        return &full[turn % kTeams<Warpgroups>][stage];
+      };
+      const auto wait_for_room = [&] {
+        barrier_wait(&empty[at.stage], ~(parities >> at.stage) & 1);
+        parities ^= 1u << at.stage;
+      };
       const auto fetch_rows = [&] {
         const Chunk chunk = chunk_at(at.chunk, at.piece * kPieceTiles, tiles, p.stride);
         const int bytes = kPieceTiles * chunk.blocks * kBlockBytes;
         const int bound_bytes = at.chunk == 0 ? kBoundBytes : 0;
         std::byte* const to = shared + at.stage * kStageBytes;
         piece_in[at.stage] = at.piece;
-        barrier_expect(&full[at.stage],
-                       bytes + bound_bytes + (Single ? 0 : chunk.blocks * Groups * 512));
-        copy_bulk(to, p.copy + chunk.offset, bytes, &full[at.stage]);
+        std::uint64_t* const arrived = full_at(at.stage, at.turn);
+        barrier_expect(arrived, bytes + bound_bytes + (Single ? 0 : chunk.blocks * Groups * 512));
+        copy_bulk_once(to, p.copy + chunk.offset, bytes, arrived);
         if (bound_bytes > 0) {
           copy_bulk(to + kBoundsAt, p.bounds + at.piece * kPieceTiles * kTileRows, bound_bytes,
-                    &full[at.stage]);
+                    arrived);
         }
       };
-      const auto fetch_planes = [&](int stage, int chunk) {
+      const auto fetch_planes = [&](int stage, int chunk, int turn) {
         if constexpr (Single) return;
         const int blocks = min(kChunkBlocks, p.stride / kAlign - chunk * kChunkBlocks);
         copy_bulk(shared + stage * kStageBytes + kRowBytes,
                   p.planes + static_cast<std::size_t>(chunk) * kPlaneChunk<Groups>,
-                  blocks * Groups * 512, &full[stage]);
+                  blocks * Groups * 512, full_at(stage, turn));
       };
       // The weights do not depend on the kernels before: on their way before those have ended.
       int early = 0;
       for (; early < stages && at.turn < own_pieces && at.piece < pieces; ++early) {
+        parities ^= 1u << at.stage;
         fetch_rows();
         advance();
       }
@@ -270,17 +294,22 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
       may_claim = true;
       claimed = claim();
       if (at.turn >= own_pieces) at.piece = claimed, claimed = claim();
-      for (int i = 0; i < early; ++i) fetch_planes(i, i % chunks);
+      for (int i = 0; i < early; ++i) fetch_planes(i, i % chunks, i / chunks);
       if constexpr (Single) fetch_to_cache();
       while (at.piece < pieces) {
-        barrier_wait(&empty[at.stage], at.parity ^ 1);
+        wait_for_room();
         fetch_rows();
-        fetch_planes(at.stage, at.chunk);
+        fetch_planes(at.stage, at.chunk, at.turn);
         advance();
       }
-      barrier_wait(&empty[at.stage], at.parity ^ 1);
-      piece_in[at.stage] = -1;
-      barrier_arrive(&full[at.stage]);
+      // The end is a piece for every team.
+      for (int team = 0; team < kTeams<Warpgroups>; ++team) {
+        wait_for_room();
+        piece_in[at.stage] = -1;
+        barrier_arrive(full_at(at.stage, at.turn));
+        at.stage = (at.stage + chunks) % stages;
+        ++at.turn;
+      }
     }
   } else {
     wait_for_previous();
@@ -310,15 +339,22 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
     __shared__ std::int32_t handed_over[2][kSharers > 1 ? kPieceTiles : 1][kWarp][4];
     RowBound row_bounds[2];
     std::int32_t sums[Groups][4] = {};
-    int stage = 0, parity = 0, chunk = 0, piece = 0, turn = 0;
+    const int team = warp / kConsumers;
+    int stage = team * chunks % stages, chunk = 0, piece = 0, turn = 0;
+    unsigned parities = 0;  // a bit a stage: how often it was this team's
+    if constexpr (!Single) sync_threads<kConsumerThreads>();  // `states` is complete
     while (true) {
       const int blocks = min(kChunkBlocks, p.stride / kAlign - chunk * kChunkBlocks);
       const std::byte* rows = shared + stage * kStageBytes;
       const std::byte* a = rows + (tile_in_piece * blocks + first_block) * kBlockBytes + lane * 16;
-      barrier_wait(&full[stage], parity);
+      barrier_wait(&full[team][stage], parities >> stage & 1);
+      parities ^= 1u << stage;
       if (chunk == 0) {
         piece = __shfl_sync(0xffffffffu, piece_in[stage], 0);
-        if (piece < 0) break;
+        if (piece < 0) {
+          if (lane == 0) barrier_arrive(&empty[stage]);  // the other team's end may be in it
+          break;
+        }
         const auto* bounds = reinterpret_cast<const RowBound*>(rows + kBoundsAt);
         row_bounds[0] = bounds[tile_in_piece * kTileRows + lane / 4];
         row_bounds[1] = bounds[tile_in_piece * kTileRows + lane / 4 + 8];
@@ -381,9 +417,12 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
       }
       __syncwarp();
       if (lane == 0) barrier_arrive(&empty[stage]);
-      if (++stage == stages) stage = 0, parity ^= 1;
+      if (++stage == stages) stage = 0;
       if (++chunk < chunks) continue;
       chunk = 0;
+      if constexpr (kTeams < Warpgroups >> 1) {  // the next one is the other team's
+        stage = (stage + chunks) % stages;
+      }
       if constexpr (kSharers > 1) {
         auto& handed = handed_over[turn % 2][tile_in_piece][lane];
         if (warp >= kPieceTiles) {
@@ -393,11 +432,9 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
         if (warp < kPieceTiles) {
           for (int j = 0; j < 4; ++j) sums[0][j] += handed[j];
         }
-      } else if (turn == 0) {
-        sync_threads<kConsumerThreads>();  // `states` is complete
+        ++turn;
       }
-      ++turn;
-      if (warp < kPieceTiles) {
+      if (kSharers == 1 || warp < kPieceTiles) {
         write_intervals(p, states, penalties, row_of(piece), row_bounds, sums, best);
       }
 #pragma unroll
@@ -454,19 +491,35 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(Product p, 
 
   let_next_start();  // not before: a kernel that stands by slows the copies down, by a microsecond
   // The best lower end of every state: over the warp's rows, the block, the device.
-  __shared__ std::uint32_t top[4 * Groups];
-  for (int i = threadIdx.x; i < 4 * Groups; i += blockDim.x) top[i] = 0;
-  __syncthreads();
+  constexpr int kTops = kTeams<Warpgroups> * kConsumers;
+  __shared__ unsigned long long tops[kTops][4 * Groups];
+  unsigned long long own[Groups];
 #pragma unroll
-  for (int g = 0; g < Groups; ++g) {
-    float value = best[g];
-    for (int offset = 4; offset < kWarp; offset *= 2) {
-      value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, offset));
+  for (int g = 0; g < Groups; ++g) own[g] = ordered(best[g].score, best[g].token);
+  int group = 0, half = Groups / 2;
+#pragma unroll
+  for (int offset = 4; offset < kWarp; offset *= 2, half /= 2) {
+    if (half == 0) {
+      own[0] = Max()(own[0], from_lane_xor(own[0], offset));
+      continue;
     }
-    if (lane < 4) atomicMax(&top[4 * g + lane], ordered(value));
+    // Two lanes that hold the same groups: each goes on with half of them.
+    const bool upper = (lane & offset) != 0;
+    if (upper) group += half;
+#pragma unroll
+    for (int g = 0; g < half; ++g) {
+      const unsigned long long kept = upper ? own[g + half] : own[g];
+      const unsigned long long given = upper ? own[g] : own[g + half];
+      own[g] = Max()(kept, from_lane_xor(given, offset));
+    }
   }
+  if (warp < kTops) tops[warp][4 * group + lane % 4] = own[0];
   __syncthreads();
-  for (int s = threadIdx.x; s < p.n; s += blockDim.x) atomicMax(&p.rows[s].top, top[s]);
+  for (int s = threadIdx.x; s < p.n; s += blockDim.x) {
+    unsigned long long top = 0;
+    for (int w = 0; w < kTops; ++w) top = Max()(top, tops[w][s]);
+    atomicMax(&p.rows[s].top, top);
+  }
 }
 
 template <int Groups, bool Single, bool Warpgroups = false>
@@ -489,14 +542,14 @@ cudaError_t run(const Stage& stage, const Product& args) {
                                  static_cast<int>(shared_bytes));
   } else {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel,
-                                                          kProductThreads, 0);
+                                                          kProductThreads<Warpgroups>, 0);
   }
   if (error != cudaSuccess) return error;
   const int resident = per_multiprocessor * stage.multiprocessors;
-  return launch(
-      stage,
-      {dim3(std::min(tiles / kTiles<Single>, resident)), dim3(kProductThreads), shared_bytes},
-      kernel, args, stages);
+  return launch(stage,
+                {dim3(std::min(tiles / kTiles<Single>, resident)),
+                 dim3(kProductThreads<Warpgroups>), shared_bytes},
+                kernel, args, stages);
 }
 
 }  // namespace

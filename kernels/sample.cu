@@ -1,12 +1,13 @@
 #include "kernels/sample.h"
 
-#include <curand_kernel.h>
-
+#include <algorithm>
 #include <cstddef>
 
+#include "kernels/choose.cuh"
 #include "kernels/common.cuh"
 #include "kernels/dot.cuh"
 #include "kernels/filters.cuh"
+#include "kernels/gumbel.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/score.cuh"
 
@@ -19,43 +20,6 @@ constexpr int kSelectThreads = 256;
 constexpr int kBlockCandidates = 1024;  // that one block of select can take
 constexpr int kChooseThreads = 512;
 constexpr int kChooseFullThreads = 1024;
-
-// --- noise ---
-
-// The 32 random bits of a token: cuRAND's Philox, with the counters of engine/sampling.h.
-__device__ std::uint32_t random_bits(const RowRequest& request, int token) {
-  const auto block = static_cast<unsigned>(token) / 4;
-  const uint4 words = curand_Philox4x32_10(
-      make_uint4(block, 0, static_cast<unsigned>(request.position),
-                 static_cast<unsigned>(request.position >> 32)),
-      make_uint2(static_cast<unsigned>(request.seed), static_cast<unsigned>(request.seed >> 32)));
-  switch (token % 4) {
-    case 0:
-      return words.x;
-    case 1:
-      return words.y;
-    case 2:
-      return words.z;
-    default:
-      return words.w;
-  }
-}
-
-__device__ double gumbel_noise(const RowRequest& request, int token) {
-  const double uniform = (random_bits(request, token) + 0.5) * 0x1p-32;  // never 0 or 1
-  return -log(-log(uniform));
-}
-
-// The same in float32, for telling who cannot win: within kNoiseError of it. Near 1 the logarithm
-// is taken of the distance to 1, which float32 can hold.
-constexpr float kNoiseError = 1e-3f;
-constexpr float kMostNoise = 23;  // -ln(-ln(1 - 2^-33)) is 22.87; the least is -3.14
-__device__ float gumbel_noise_near(const RowRequest& request, int token) {
-  const std::uint32_t bits = random_bits(request, token);
-  const float log_uniform = bits >> 31 ? log1pf(-(static_cast<float>(~bits) + 0.5f) * 0x1p-32f)
-                                       : logf((static_cast<float>(bits) + 0.5f) * 0x1p-32f);
-  return -logf(-log_uniform);
-}
 
 // --- score ---
 
@@ -83,12 +47,12 @@ __global__ void __launch_bounds__(kScoreThreads) score_kernel(Sample p) {
     *reinterpret_cast<float4*>(scores + i) = four;
   }
   top = block_reduce(top, -HUGE_VALF, Max());
-  if (threadIdx.x == 0) atomicMax(&state.top, ordered(top));
+  if (threadIdx.x == 0) atomicMax(&state.top, ordered(top, -1));  // whose it is, nobody asks
 }
 
 // Whether the candidates' policy applies to a row: its comparisons need finite scores.
 __device__ bool covers(const Sample& p, const RowState& state) {
-  return p.known ? isfinite(from_ordered(state.top)) : state.covered != 0;
+  return p.known ? isfinite(score_in(state.top)) : state.covered != 0;
 }
 
 // --- scan ---
@@ -118,7 +82,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(Sample p) {
   load(first);  // whether or not it will be used: with the state, one trip to the L2 cache
   RowState& state = p.rows[blockIdx.y];
   const RowRequest request = state.request;
-  const float top = from_ordered(state.top);
+  const float top = score_in(state.top);
   if (blockIdx.x == 0 && threadIdx.x == 0 && !p.known) state.times.sample = global_ns();
   const bool unlimited = request.selection == Selection::kUnlimited;
   if (!covers(p, state) || !(unlimited || request.selection == Selection::kTopK ||
@@ -166,42 +130,9 @@ __global__ void __launch_bounds__(kScanThreads) scan_kernel(Sample p) {
   }
 }
 
-// --- results ---
-
-// More would not pay, where they must be rescored.
-__device__ int candidate_limit(const Sample& p) {
-  return p.known ? kMaxCandidates : min(kMaxCandidates, max(256, p.vocab_size / 4));
-}
-
-// What a result tells beside the token. Read as early as it is known: each look at the state is a
-// trip to the L2 cache.
-struct Ending {
-  StageTimes times;
-  std::uint32_t candidates;
-  std::uint32_t sequence;
-};
-__device__ Ending ending_of(const volatile RowState& state) {
-  return {{state.times.decode, state.times.uncloak, state.times.de_embed, state.times.sample, 0},
-          state.candidates,
-          state.request.sequence};
-}
-
-// The row's result to the host; by one thread.
-__device__ void finish(const Sample& p, int row, int token, Outcome outcome, const Ending& ending) {
-  p.tokens[row] = token;
-  RowResult& result = p.results[row];
-  result.token = token;
-  result.outcome = outcome;
-  result.rows_rescored = outcome == Outcome::kToken && !p.known ? ending.candidates : 0;
-  result.times = ending.times;
-  result.times.end = global_ns();
-  __threadfence_system();
-  *static_cast<volatile std::uint32_t*>(&result.sequence) = ending.sequence;
-}
-
 // --- select ---
 
-// The edges are found by a block of kSummed threads, each with the bin of its index.
+// The edges are found by a block of kDigits threads, each with the bin of its index.
 
 // Bins below the edge hold every token that top-k can keep: an interval that begins in one of them
 // is above all that end beyond, and k of them do. When fewer than k begin within reach, tokens out
@@ -211,7 +142,7 @@ __device__ int top_k_edge(int top_k, const Bin& own, std::uint32_t* counts) {
   counts[threadIdx.x] = own.lower_ends;
   if (threadIdx.x == 0) edge = kBins - 1;
   __syncthreads();
-  running_sums(counts);
+  running_sums<kDigits>(counts);
   const auto k = static_cast<std::uint32_t>(top_k);
   const int b = threadIdx.x;
   if (b < kBins - 1 && counts[b] >= k && (b == 0 || counts[b - 1] < k)) edge = b + 1;
@@ -253,7 +184,7 @@ __device__ int nucleus_edge(float top_p, float top, const Bin& own, const Bin& d
   if (b < kShares) edges[b] = 0;
   if (b == 0) at_cut = 0;
   __syncthreads();
-  running_sums(depths);
+  running_sums<kDigits>(depths);
   const float enough = top_p * depths[kBins - 1].least;
   if (b < kBins && depths[b].least >= enough && (b == 0 || depths[b - 1].least < enough)) {
     at_cut = certain;
@@ -273,9 +204,57 @@ __device__ int nucleus_edge(float top_p, float top, const Bin& own, const Bin& d
   return edges[0] > 0 ? edges[0] : edges[1] > 0 ? edges[1] : edges[2];
 }
 
+// What a block has found in its part of a row.
+struct Found {
+  int n;
+  std::int32_t ids[kBlockCandidates];
+  float scores[kBlockCandidates];  // upper ends, and then what rescoring made of them
+};
+
+// Those that cannot reach `least` go. By one warp.
+__device__ void keep_from(float least, Found& found) {
+  const int lane = threadIdx.x % kWarp, n = found.n;
+  int kept = 0;
+  for (int c = lane; c - lane < n; c += kWarp) {
+    const bool keep = c < n && found.scores[c] >= least;
+    const int id = c < n ? found.ids[c] : 0;
+    const unsigned kept_by = __ballot_sync(0xffffffffu, keep);
+    if (keep) found.ids[kept + __popc(kept_by & ((1u << lane) - 1))] = id;
+    kept += __popc(kept_by);
+  }
+  if (lane == 0) found.n = kept;
+}
+
+// The exact logits, in `scores`: a row a warp, or two when there are more: a row's way from memory
+// is what takes time. By the whole block.
+__device__ void rescore(const Sample& p, const float4* state, Found& found) {
+  constexpr int kWarps = kSelectThreads / kWarp;
+  const int warp = threadIdx.x / kWarp, n = found.n;
+  const auto row_of = [&](int c) {
+    return p.lm_head + static_cast<std::size_t>(found.ids[c]) * p.stride;
+  };
+  if (n <= kWarps && warp < n) {
+    const __half* const row[1] = {row_of(warp)};
+    float sum[1][1];
+    dot_rows<1, 1, 16>(row, state, p.stride, sum);
+    if (threadIdx.x % kWarp == 0) found.scores[warp] = sum[0][0];
+  }
+  for (int c = warp; c < n && n > kWarps; c += 2 * kWarps) {
+    const int second = min(c + kWarps, n - 1);
+    const __half* const rows[2] = {row_of(c), row_of(second)};
+    float sum[2][1];
+    dot_rows<2, 1, 6>(rows, state, p.stride, sum);
+    if (threadIdx.x % kWarp == 0) {
+      found.scores[c] = sum[0][0];
+      if (c + kWarps < n) found.scores[second] = sum[1][0];
+    }
+  }
+}
+
 // Greedy rows need no more than the best candidate: the last block of the row to arrive here hands
 // it to the host.
-__device__ void finish_greedy(const Sample& p, RowState& state, bool covered) {
+__device__ void finish_greedy(const Sample& p, bool covered) {
+  RowState& state = p.rows[blockIdx.y];
   __threadfence();
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -285,26 +264,25 @@ __device__ void finish_greedy(const Sample& p, RowState& state, bool covered) {
   const unsigned long long best = now.best;
   const bool finite = now.finite;
   const Ending ending = ending_of(now);
-  const std::uint32_t n = ending.candidates;
-  if (!finite) {
-    finish(p, blockIdx.y, 0, Outcome::kNotFinite, ending);
-  } else if (!covered || n == 0 || n > static_cast<std::uint32_t>(candidate_limit(p))) {
-    finish(p, blockIdx.y, 0, Outcome::kUncertain, ending);
-  } else {
-    const int token = static_cast<int>(~static_cast<std::uint32_t>(best));
-    finish(p, blockIdx.y, token, Outcome::kToken, ending);
-  }
+  const bool certain = covered && has_candidates(p, ending.candidates);
+  finish(p, blockIdx.y, certain ? token_in(best) : -1, finite, ending);
 }
 
+// With so many rows a block's part of one is large and has many candidates to rescore. Where that
+// takes long, it pays to know the likeliest token's exact score first: they become fewer.
+constexpr int kManyRows = 5;
+constexpr int kLongRow = 2048;
+
 // A block takes a part of the vocabulary of one row.
-// At most 64 KB of registers: one block finds room beside the product's.
+// At most 128 KB of registers: one block finds room beside the product's.
+// Greedy: all rows are.
+template <bool Greedy>
 __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   extern __shared__ float4 shared_state[];
-  __shared__ std::uint32_t counts[kSummed];
-  __shared__ Depth depths[kSummed];
-  __shared__ int found, base;
-  __shared__ std::int32_t ids[kBlockCandidates];
-  __shared__ float logits[kBlockCandidates];
+  __shared__ std::uint32_t counts[kDigits];
+  __shared__ Depth depths[kDigits];
+  __shared__ Found found;
+  __shared__ float likeliest_score;
   let_next_start();
   wait_for_previous();
   RowState& state = p.rows[blockIdx.y];
@@ -329,10 +307,11 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   load_upper(own_first);
   const RowRequest request = state.request;
   const bool covered = covers(p, state);
-  const float top = from_ordered(state.top);
-  static_assert(kSelectThreads == kSummed);
+  const float top = score_in(state.top);
+  const int likeliest = token_in(state.top);
+  static_assert(kSelectThreads == kDigits);
   Bin own_bin = {}, deep_bin = {};  // the thread's, from the top and from the deep end
-  if (threadIdx.x < kBins) {
+  if (!Greedy && threadIdx.x < kBins) {
     own_bin = state.bins[threadIdx.x];
     deep_bin = state.bins[kBins - 1 - threadIdx.x];
   }
@@ -342,16 +321,16 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
     load_states(p.states + static_cast<std::size_t>(blockIdx.y) * p.stride, 1, p.stride,
                 shared_state);
   }
-  const bool greedy = request.selection == Selection::kGreedy;
+  const bool greedy = Greedy || request.selection == Selection::kGreedy;
   if (!covered) {
-    if (greedy) finish_greedy(p, state, covered);
+    if (greedy) finish_greedy(p, covered);
     return;
   }
-  if (threadIdx.x == 0) found = 0;
+  if (threadIdx.x == 0) found.n = 0;
 
   float threshold = -HUGE_VALF;
   int edge = kBins;
-  switch (request.selection) {
+  switch (Greedy ? Selection::kGreedy : request.selection) {
     case Selection::kGreedy:
       threshold = top;
       break;
@@ -372,16 +351,28 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
       threshold -= 2 * kNoiseError + fabsf(threshold) * 0x1p-22f;
       break;
   }
-  if (leads) state.edge = edge;
 
+  if (leads) state.edge = edge;
   __syncthreads();
-  const auto look = [&](int i, float score) {
-    if (request.selection == Selection::kUnlimited && score + kMostNoise >= threshold) {
-      score += gumbel_noise_near(request, i);
+  const Scorer score(request, p.seen + static_cast<std::size_t>(blockIdx.y) * p.seen_words);
+  // One warp finds out how much higher the threshold may be while the others look. It is the
+  // largest score, or that with min-p's distance, and the likeliest token's is at most the largest.
+  const bool raises = !p.known && p.n >= kManyRows && p.stride >= kLongRow && likeliest >= 0 &&
+                      (greedy || request.selection == Selection::kMinP);
+  if (raises && threadIdx.x / kWarp == kSelectThreads / kWarp - 1) {
+    const __half* const row[1] = {p.lm_head + static_cast<std::size_t>(likeliest) * p.stride};
+    float sum[1][1];
+    dot_rows<1, 1, 16>(row, shared_state, p.stride, sum);
+    if (threadIdx.x % kWarp == 0) likeliest_score = score(sum[0][0], likeliest);
+  }
+  const auto look = [&](int i, float end) {
+    const float own = end;
+    if (!Greedy && request.selection == Selection::kUnlimited && end + kMostNoise >= threshold) {
+      end += gumbel_noise_near(request, i);
     }
-    if (i < p.vocab_size && score >= threshold && (edge == kBins || bin_of(top, score) < edge)) {
-      const int c = atomicAdd(&found, 1);
-      if (c < kBlockCandidates) ids[c] = i;
+    if (i < p.vocab_size && end >= threshold && (edge == kBins || bin_of(top, end) < edge)) {
+      const int c = atomicAdd(&found.n, 1);
+      if (c < kBlockCandidates) found.ids[c] = i, found.scores[c] = own;
     }
   };
   for (int first = own_first; first < p.vocab_size;) {
@@ -398,116 +389,42 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
     load_upper(first);
   }
   __syncthreads();
-  if (found == 0) {
-    if (greedy) finish_greedy(p, state, covered);
-    return;
+  // Too many for this block are too many for the row: who takes the token will see it.
+  const bool too_many = found.n > kBlockCandidates;
+  if (raises && !too_many && found.n > 0) {
+    const float raised = greedy ? likeliest_score : likeliest_score + logf(request.min_p);
+    __syncthreads();  // everybody has seen how many there were
+    if (threadIdx.x / kWarp == 0) keep_from(fmaxf(threshold, raised), found);
+    __syncthreads();
   }
-  int place = 0;
-  if (threadIdx.x == 0) {
-    // Too many for this block are too many for the row: choose will see it.
-    const unsigned claimed = found <= kBlockCandidates ? found : 2 * kMaxCandidates;
-    place = static_cast<int>(atomicAdd(&state.candidates, claimed));
-  }
-  if (found > kBlockCandidates) {
-    if (greedy) finish_greedy(p, state, covered);
-    return;
-  }
-  // A row a warp, or two when there are more: a row's way from memory is what takes time.
-  constexpr int kWarps = kSelectThreads / kWarp;
-  const int warp = threadIdx.x / kWarp;
-  const auto row_of = [&](int c) {
-    return p.lm_head + static_cast<std::size_t>(ids[c]) * p.stride;
-  };
-  if (found <= kWarps && warp < found && !p.known) {
-    const __half* const row[1] = {row_of(warp)};
-    float sum[1][1];
-    dot_rows<1, 1, 16>(row, shared_state, p.stride, sum);
-    if (threadIdx.x % kWarp == 0) logits[warp] = sum[0][0];
-  }
-  for (int c = warp; c < found && found > kWarps && !p.known; c += 2 * kWarps) {
-    const int second = min(c + kWarps, found - 1);
-    const __half* const rows[2] = {row_of(c), row_of(second)};
-    float sum[2][1];
-    dot_rows<2, 1, 6>(rows, shared_state, p.stride, sum);
-    if (threadIdx.x % kWarp == 0) {
-      logits[c] = sum[0][0];
-      if (c + kWarps < found) logits[second] = sum[1][0];
+  const int n = found.n;
+  __shared__ int base;
+  if (n > 0) {
+    int place = 0;
+    if (threadIdx.x == 0) {
+      const unsigned claimed = too_many ? 2 * kMaxCandidates : n;
+      place = static_cast<int>(atomicAdd(&state.candidates, claimed));
+    }
+    if (!too_many) {
+      if (!p.known) rescore(p, shared_state, found);
+      if (threadIdx.x == 0) base = place;  // only now: it takes as long from memory as the rows
+      __syncthreads();
+      ScoredToken* out = p.candidates + static_cast<std::size_t>(blockIdx.y) * kMaxCandidates;
+      for (int c = threadIdx.x; c < n; c += kSelectThreads) {
+        const int id = found.ids[c];
+        const float exact = p.known ? found.scores[c] : score(found.scores[c], id);
+        if (greedy) {
+          atomicMax(&state.best, ordered(exact, id));
+        } else if (base + c < kMaxCandidates) {
+          out[base + c] = {exact, id};
+        }
+      }
     }
   }
-  if (threadIdx.x == 0) base = place;  // only now: its way from memory takes as long as the rows'
-  __syncthreads();
-  const Scorer score(request, p.seen + static_cast<std::size_t>(blockIdx.y) * p.seen_words);
-  ScoredToken* out = p.candidates + static_cast<std::size_t>(blockIdx.y) * kMaxCandidates;
-  for (int c = threadIdx.x; c < found; c += kSelectThreads) {
-    const float value = p.known ? upper[ids[c]] : score(logits[c], ids[c]);
-    if (greedy) {
-      atomicMax(&state.best, static_cast<unsigned long long>(ordered(value)) << 32 |
-                                 ~static_cast<std::uint32_t>(ids[c]));
-    } else if (base + c < kMaxCandidates) {
-      out[base + c] = {value, ids[c]};
-    }
-  }
-  if (greedy) finish_greedy(p, state, covered);
+  if (greedy) finish_greedy(p, covered);
 }
 
 // --- choose ---
-
-// The larger score; of equals the lower id.
-struct Choice {
-  double score;
-  int id;
-};
-__device__ Choice from_lane_xor(const Choice& c, int offset) {
-  return {cuda::from_lane_xor(c.score, offset), cuda::from_lane_xor(c.id, offset)};
-}
-__device__ Choice better(const Choice& a, const Choice& b) {
-  if (b.id < 0) return a;
-  return a.id >= 0 && (a.score > b.score || (a.score == b.score && a.id < b.id)) ? a : b;
-}
-
-// This thread's part of what lies beyond the band that the candidates come from: bin threadIdx.x.
-__device__ Rest rest_in(const Bin& bin, std::uint32_t edge, float max) {
-  if (threadIdx.x < edge || threadIdx.x >= kBins - 1 || bin.upper_ends == 0) return no_rest();
-  const float ceiling = from_ordered(bin.ceiling);
-  // One unit a token: exp is not known to be monotone to the last bit.
-  return {ceiling, bin.upper_ends * (probability_mass(ceiling, max) + 1)};
-}
-
-// The token, or -1 when tokens that are not among the items could change it: rest(max) is this
-// thread's part of those. Called by the whole block.
-template <typename Items, typename RestBelow>
-__device__ int choose_from(Items items, const RowRequest& request, const RestBelow& rest) {
-  const bool greedy = request.selection == Selection::kGreedy;
-  float max = -HUGE_VALF;
-  for (int i = threadIdx.x; i < items.n; i += blockDim.x) max = fmaxf(max, items.score(i));
-  max = block_reduce(max, -HUGE_VALF, Max());
-
-  float floor = -HUGE_VALF;
-  const bool filters = request.top_k > 0 || request.top_p < 1;
-  if (!greedy && isfinite(max)) {
-    if (filters) items.know_max(max);
-    const Filtered kept = !filters          ? Filtered{}
-                          : items.n <= kFew ? filter_few(items, request, rest(max))
-                                            : filter_many(items, request, max, rest(max));
-    if (kept.rest.mass > 0) {
-      const double enough = request.top_p * static_cast<double>(kept.total + kept.rest.mass);
-      if (kept.floor <= kept.rest.ceiling || static_cast<double>(kept.inside) < enough) return -1;
-    }
-    floor = fmaxf(kept.floor, max + logf(request.min_p));  // ln 0 is minus infinity
-  }
-
-  Choice best = {0, -1};
-  for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
-    const float score = items.score(i);
-    if (isnan(score) || score < floor || (greedy && score < max)) continue;
-    const int id = items.id(i);
-    Choice own = {score, id};
-    if (!greedy && isfinite(max)) own.score += gumbel_noise(request, id);
-    best = better(own, best);
-  }
-  const int token = block_reduce(best, Choice{0, -1}, better).id;
-  return token < 0 ? 0 : token;  // nothing but NaN: as the CPU, the first
-}
 
 // One block a row.
 __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
@@ -531,21 +448,17 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
   if (threadIdx.x < kBins) bin = state.bins[threadIdx.x];
 
   if (request.selection == Selection::kGreedy) return;  // select has done it
-  const int n = static_cast<int>(ending.candidates);
   int token = -1;
-  if (finite && covered && n > 0 && n <= candidate_limit(p)) {
+  if (finite && covered && has_candidates(p, ending.candidates)) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) cached[threadIdx.x + i * kChooseThreads] = own[i];
     __syncthreads();
     const bool nucleus = request.selection == Selection::kNucleus;
+    const auto n = static_cast<int>(ending.candidates);
     token = choose_from(Candidates{items, n, cached, masses, 0}, request,
                         [&](float max) { return nucleus ? rest_in(bin, edge, max) : no_rest(); });
   }
-  if (threadIdx.x != 0) return;
-  const Outcome outcome = !finite     ? Outcome::kNotFinite
-                          : token < 0 ? Outcome::kUncertain
-                                      : Outcome::kToken;
-  finish(p, blockIdx.x, token < 0 ? 0 : token, outcome, ending);
+  if (threadIdx.x == 0) finish(p, blockIdx.x, token, finite, ending);
 }
 
 __global__ void __launch_bounds__(kChooseFullThreads) choose_full_kernel(Sample p) {
@@ -561,11 +474,7 @@ __global__ void __launch_bounds__(kChooseFullThreads) choose_full_kernel(Sample 
                                 [](float) { return no_rest(); });
   if (threadIdx.x != 0) return;
   const bool proven = state.covered || !p.need_proof;
-  finish(p, blockIdx.x, token,
-         !state.finite ? Outcome::kNotFinite
-         : proven      ? Outcome::kToken
-                       : Outcome::kUncertain,
-         ending_of(state));
+  finish(p, blockIdx.x, proven ? token : -1, state.finite, ending_of(state));
 }
 
 // Blocks for each of n rows: enough together to fill the device.
@@ -597,27 +506,37 @@ cudaError_t scan(const Stage& stage, const Sample& args) {
                 scan_kernel, args);
 }
 
-cudaError_t select(const Stage& stage, const Sample& args) {
-  const auto shared_bytes = args.known ? 0 : sizeof(float) * args.stride;
-  if (shared_bytes > 32 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+namespace {
+
+template <bool Greedy>
+cudaError_t run_select(const Stage& stage, const Sample& args) {
+  const auto kernel = select_kernel<Greedy>;
+  const std::size_t shared_bytes = args.known ? 0 : sizeof(float) * args.stride;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
   return launch(stage,
-                {dim3(blocks_for(stage, args.n, args.n > 4 ? 2 : 1), args.n), dim3(kSelectThreads),
-                 shared_bytes},
-                select_kernel, args);
+                {dim3(blocks_for(stage, args.n, args.n >= kManyRows ? 2 : 1), args.n),
+                 dim3(kSelectThreads), shared_bytes},
+                kernel, args);
 }
 
 cudaError_t choose(const Stage& stage, const Sample& args) {
   constexpr std::size_t kSharedBytes =
       Candidates::kCached * (sizeof(unsigned long long) + sizeof(ScoredToken));
-  static_assert(kSharedBytes <= 32 << 10);  // beside 25 KB of the filters, in a block of 64
+  static_assert(kSharedBytes <= 32 << 10);  // beside what the filters share, in a block of 64
   const cudaError_t error = cudaFuncSetAttribute(
       choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
   if (error != cudaSuccess) return error;
   return launch(stage, {dim3(args.n), dim3(kChooseThreads), kSharedBytes}, choose_kernel, args);
+}
+
+}  // namespace
+
+cudaError_t select(const Stage& stage, const Sample& args, bool chooses) {
+  if (!chooses) return run_select<true>(stage, args);
+  const cudaError_t error = run_select<false>(stage, args);
+  return error != cudaSuccess ? error : choose(stage, args);
 }
 
 cudaError_t choose_full(const Stage& stage, const Sample& args) {

@@ -1,6 +1,6 @@
 // Choosing tokens on the device, without sorting the vocabulary: engine/sampling.h and the
-// candidate policy of engine/certified_head.h. After the int8 product: scan, select, choose. After
-// a full one: score_logits, then the same three with `known`.
+// candidate policy of engine/certified_head.h. After the int8 product: scan, select. After a full
+// one: score_logits, then the same two with `known`.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -32,11 +32,10 @@ struct Sample {
 // What must be known about all intervals before candidates can be told: bins for top-k and top-p,
 // the best noisy score for temperature alone. Nothing for greedy and min-p, which may leave it out.
 cudaError_t scan(const Stage& stage, const Sample& args);
-// Collects the candidates and rescores them in float16 with the full head's dot product. Ends
-// greedy rows.
-cudaError_t select(const Stage& stage, const Sample& args);
-// Filters and draw, and the result to the host: for rows that are not greedy.
-cudaError_t choose(const Stage& stage, const Sample& args);
+// Collects the candidates, rescores them in float16 with the full head's dot product, and takes the
+// best, or with `chooses` what filters and draw say, which rows that are not greedy need. The
+// result goes to the host.
+cudaError_t select(const Stage& stage, const Sample& args, bool chooses);
 // Logits in `upper` become scores, and their largest is told, for rows that no product has left its
 // ends in. Rows with scores that are not finite are uncertain.
 cudaError_t score_logits(const Stage& stage, const Sample& args);

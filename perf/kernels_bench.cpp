@@ -151,20 +151,19 @@ class Head {
     uncloak();
     kernels_.int8_head(rows_);
     if (with_scan) kernels_.scan(rows_);
-    kernels_.select(rows_);
-    if (!greedy) kernels_.choose(rows_);
+    kernels_.select(rows_, !greedy);
   }
   void greedy_from_device() {
     uncloak();
     kernels_.int8_head(rows_);
-    kernels_.select(rows_);
+    kernels_.select(rows_, false);
   }
   void full() {
     kernels_.decode(rows_);
     uncloak();
     kernels_.full_head(rows_);
     kernels_.score_logits(rows_);
-    kernels_.select(rows_, true);
+    kernels_.select(rows_, false, true);
   }
   void cublas(cublasHandle_t handle) {
     const float one = 1, zero = 0;

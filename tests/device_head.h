@@ -79,8 +79,7 @@ class DeviceHead {
     answers.lower = take(kernels_.buffers.lower, scores);
     answers.upper = take(kernels_.buffers.upper, scores);
     if (scans) kernels_.scan(n);
-    kernels_.select(n);
-    if (chooses) kernels_.choose(n);
+    kernels_.select(n, chooses);
     answers.certified = finish(n);
 
     kernels_.forget_candidates(n);
@@ -89,8 +88,7 @@ class DeviceHead {
     answers.logits = take(kernels_.buffers.upper, scores);
     kernels_.score_logits(n);
     if (scans) kernels_.scan(n, true);
-    kernels_.select(n, true);
-    if (chooses) kernels_.choose(n, true);
+    kernels_.select(n, chooses, true);
     answers.known = finish(n);
 
     put(kernels_.buffers.upper.data(), answers.logits.data(), scores * sizeof(float));

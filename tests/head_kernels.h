@@ -147,14 +147,11 @@ class HeadKernels {
                                   .started = &buffers.rows.data()->times.de_embed}),
           "full_head");
   }
-  // The last four with `known`: after full_head.
+  // The last three with `known`: after full_head.
   void score_logits(int n) { check(cuda::score_logits(stage, sampling(n, true)), "score_logits"); }
   void scan(int n, bool known = false) { check(cuda::scan(stage, sampling(n, known)), "scan"); }
-  void select(int n, bool known = false) {
-    check(cuda::select(stage, sampling(n, known)), "select");
-  }
-  void choose(int n, bool known = false) {
-    check(cuda::choose(stage, sampling(n, known)), "choose");
+  void select(int n, bool chooses, bool known = false) {
+    check(cuda::select(stage, sampling(n, known), chooses), "select");
   }
   void forget_candidates(int n) {
     for (int i = 0; i < n; ++i) {
