@@ -9,6 +9,7 @@
 #include <variant>
 
 #include "absl/strings/str_cat.h"
+#include "net/address.h"
 #include "net/client_errors.h"
 #include "net/client_stream.h"
 #include "net/codec.h"
@@ -37,6 +38,13 @@ absl::Status check_options(const ClientLinkOptions& options) {
         absl::StrCat("the server address \"", printable(options.server),
                      "\" is not of the form host:port: an IPv6 address needs brackets, as in "
                      "[::1]:50051"));
+  }
+  const std::string_view port = std::string_view(options.server).substr(colon + 1);
+  if (options.server.find('/') == std::string::npos && !options.server.starts_with("unix") &&
+      (!is_port(port) || port == "0")) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the server address \"", printable(options.server),
+                     "\" is not of the form host:port: a port is a number from 1 to 65535"));
   }
   if (options.force_cipher && !cipher_suite_available(*options.force_cipher)) {
     return absl::UnimplementedError(absl::StrCat("this processor has no instructions for ",

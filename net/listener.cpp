@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "net/address.h"
 
 namespace infemeral {
 namespace {
@@ -76,9 +77,7 @@ absl::StatusOr<std::unique_ptr<Listener>> Listener::open(const std::string& addr
   if (host.size() > 2 && host.front() == '[' && host.back() == ']') {
     host = host.substr(1, host.size() - 2);
   }
-  const bool is_number = !port.empty() && port.size() <= 5 &&
-                         port.find_first_not_of("0123456789") == std::string::npos;
-  if (host.empty() || !is_number || std::stoi(port) > 65535) {
+  if (host.empty() || !is_port(port)) {
     return absl::InvalidArgumentError(
         absl::StrCat("the address \"", address, "\" to listen on is not of the form host:port"));
   }

@@ -223,7 +223,9 @@ TEST_CASE("a server that is not there") {
   rig.options.server = "name.invalid:5000";
   check_says(connect_link(rig.options).status(), absl::StatusCode::kUnavailable,
              "cannot reach name.invalid:5000: no ");  // "such host", or "name server"
-  for (const char* address : {"", "host", ":50", "host:", "::1:5000", "fe80::1:50051"}) {
+  for (const char* address :
+       {"", "host", ":50", "host:", "::1:5000", "fe80::1:50051", "127.0.0.1:99999", "127.0.0.1:0",
+        "host:http", "host:-1", "[::1]:65536"}) {
     rig.options.server = address;
     check_says(connect_link(rig.options).status(), absl::StatusCode::kInvalidArgument, "host:port");
   }
