@@ -28,7 +28,7 @@ absl::Status ClientStages::embed_rows(int n, WireDtype dtype) const {
 
 // x * Q for n embedded rows that lie as planes.
 absl::Status ClientStages::cloak(int n, WireDtype dtype, const Outgoing& to) const {
-  INFEMERAL_CUDA(rotate(stage(), {.matrix = state_.cloak->transposed.data(),
+  INFEMERAL_CUDA(rotate(stage(), {.matrix = state_.cloak.transposed.data(),
                                   .rows = state_.shape.hidden_size,
                                   .stride = state_.shape.stride,
                                   .states = state_.buffers.planes_of_rows(),
@@ -44,7 +44,7 @@ absl::Status ClientStages::cloak_many(int n, WireDtype dtype, const Outgoing& to
   const int h = state_.shape.hidden_size, stride = state_.shape.stride;
   INFEMERAL_RETURN(cublas_status(
       cublasGemmEx(state_.cublas.get(), CUBLAS_OP_N, CUBLAS_OP_N, h, n, h, &one,
-                   state_.cloak->rows.data(), CUDA_R_16F, stride, state_.buffers.half_rows.data(),
+                   state_.cloak.rows.data(), CUDA_R_16F, stride, state_.buffers.half_rows.data(),
                    CUDA_R_16F, stride, &zero, state_.buffers.embedded.data(), CUDA_R_32F, stride,
                    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
       "cublasGemmEx"));
@@ -102,7 +102,7 @@ absl::Status ClientStages::decode(int n, WireDtype dtype) const {
 
 // The states that lm_head is multiplied with, gain * (y' * Q^T).
 absl::Status ClientStages::uncloak(int n, WireDtype dtype) const {
-  const Rotate product = {.matrix = state_.cloak->packed.data(),
+  const Rotate product = {.matrix = state_.cloak.packed.data(),
                           .rows = state_.shape.hidden_size,
                           .stride = state_.shape.stride,
                           .states = state_.buffers.planes_of_rows(),
@@ -126,7 +126,7 @@ absl::Status ClientStages::refine(const Rotate& product) const {
       split_states(stage(), {state_.buffers.states.data(), first.n, first.stride, split}));
   Rotate back = first;
   back.started = nullptr;
-  back.matrix = state_.cloak->transposed.data();
+  back.matrix = state_.cloak.transposed.data();
   back.out = state_.buffers.residual.data();
   back.add = state_.buffers.cloaked.data();
   back.sign = -1;

@@ -37,7 +37,7 @@ struct StageOptions {
 
 class ClientStages {
  public:
-  // The state must outlive the stages, and have its cloak before any of them is called.
+  // The state must outlive the stages.
   ClientStages(const ClientState& state, const StageOptions& options)
       : state_(state), options_(options) {}
 

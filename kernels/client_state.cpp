@@ -1,15 +1,15 @@
 #include "kernels/client_state.h"
 
+#include <future>
 #include <utility>
 #include <vector>
 
-#include "engine/text.h"
 #include "engine/token_subset.h"
 
 namespace infemeral::cuda {
 
-absl::StatusOr<std::unique_ptr<ClientState>> ClientState::load(ClientFolder& folder, HeadMode mode,
-                                                               CudaMemory memory) {
+absl::StatusOr<std::unique_ptr<ClientState>> ClientState::load(const ClientFolder& folder,
+                                                               HeadMode mode, CudaMemory memory) {
   auto state = std::make_unique<ClientState>();
   ClientState& s = *state;
   INFEMERAL_ASSIGN(s.device, open_device());
@@ -18,11 +18,9 @@ absl::StatusOr<std::unique_ptr<ClientState>> ClientState::load(ClientFolder& fol
   if (mode == HeadMode::kSubset) {
     INFEMERAL_ASSIGN(subset, load_token_subset(folder.manifest, folder.path));
   }
-  cublasHandle_t cublas = nullptr;
-  INFEMERAL_RETURN(cublas_status(cublasCreate(&cublas), "cublasCreate"));
-  s.cublas = Cublas(cublas);
-  INFEMERAL_RETURN(
-      cublas_status(cublasSetStream(cublas, s.device.stage.stream), "cublasSetStream"));
+  // Beside the weights, which wait for the bus while this one is busy with the libraries.
+  std::future<absl::Status> cloak =
+      std::async(std::launch::async, [&] { return s.load_cloak_and_cublas(folder); });
 
   const WeightsOptions options = {
       .place = memory == CudaMemory::kSplit ? Place::kPinned : Place::kDevice,
@@ -35,28 +33,24 @@ absl::StatusOr<std::unique_ptr<ClientState>> ClientState::load(ClientFolder& fol
   }
   INFEMERAL_ASSIGN(s.buffers, make_call_buffers(s.shape, mode == HeadMode::kCertified, s.usage));
   INFEMERAL_ASSIGN(s.mailbox, Mailbox::make(s.shape, s.device.stage.stream, s.usage));
-  INFEMERAL_RETURN(s.leave_room_for_cloak());
-  s.folder.emplace(std::move(folder));
+  INFEMERAL_RETURN(cloak.get());
   return state;
 }
 
-// The cloak is made on first use; that the device is too small for it must show when it is loaded,
-// when less can still be asked of it.
-absl::Status ClientState::leave_room_for_cloak() const {
-  std::size_t free = 0, total = 0;
-  INFEMERAL_CUDA(cudaMemGetInfo(&free, &total));
-  // Kept: three matrices in float16. While it is made: one in float64 with its QR's work, and the
-  // float32 product that is checked.
-  const std::size_t needed = 24 * shape.hidden() * shape.stride;
-  if (free >= needed) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      cat("the GPU has ", free / 1000000, " MB left where the cloak needs ", needed / 1000000));
-}
-
-absl::Status ClientState::ensure_cloak() {
-  if (cloak) return absl::OkStatus();
-  INFEMERAL_ASSIGN(cloak, load_cloak(device, cublas, *folder, usage));
-  return absl::OkStatus();
+// By a thread of its own, on a stream of its own until all is there.
+absl::Status ClientState::load_cloak_and_cublas(const ClientFolder& client) {
+  INFEMERAL_CUDA(cudaSetDevice(device.index));
+  cudaStream_t stream = nullptr;
+  INFEMERAL_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const Stream own(stream);
+  cublasHandle_t handle = nullptr;
+  INFEMERAL_RETURN(cublas_status(cublasCreate(&handle), "cublasCreate"));
+  cublas = Cublas(handle);
+  INFEMERAL_RETURN(cublas_status(cublasSetStream(handle, stream), "cublasSetStream"));
+  Stage stage = device.stage;
+  stage.stream = stream;
+  INFEMERAL_ASSIGN(cloak, load_cloak(stage, cublas, client, usage));
+  return cublas_status(cublasSetStream(handle, device.stage.stream), "cublasSetStream");
 }
 
 void ClientState::drain() const {

@@ -18,8 +18,8 @@
 
 namespace infemeral::cuda {
 
-// Complete once loaded, but for the cloak, and at the same addresses until it is destroyed: graphs
-// are recorded with them. The members are in the order in which they need each other.
+// Complete once loaded, and at the same addresses until it is destroyed: graphs are recorded with
+// them. The members are in the order in which they need each other.
 struct ClientState {
   DeviceUsage usage;
   Device device;
@@ -29,25 +29,21 @@ struct ClientState {
   std::optional<SubsetHead> subset;  // of the subset head
   CallBuffers buffers;
   Mailbox mailbox;
-  std::optional<ClientFolder> folder;  // for the cloak
-  std::optional<DeviceCloak> cloak;
+  DeviceCloak cloak;
 
-  // Takes the folder over when all went well. Errors: make_cuda_client_backend's.
-  static absl::StatusOr<std::unique_ptr<ClientState>> load(ClientFolder& folder, HeadMode mode,
-                                                           CudaMemory memory);
+  // Errors: make_cuda_client_backend's.
+  static absl::StatusOr<std::unique_ptr<ClientState>> load(const ClientFolder& folder,
+                                                           HeadMode mode, CudaMemory memory);
   ClientState() = default;
   ClientState(const ClientState&) = delete;
   ClientState& operator=(const ClientState&) = delete;
   ~ClientState() { drain(); }
 
-  // Makes the cloak on first use.
-  absl::Status ensure_cloak();
-
   // Waits until the stream is empty, with this device as the current one.
   void drain() const;
 
  private:
-  absl::Status leave_room_for_cloak() const;
+  absl::Status load_cloak_and_cublas(const ClientFolder& folder);
 };
 
 }  // namespace infemeral::cuda

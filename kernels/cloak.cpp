@@ -29,7 +29,7 @@ absl::Status cusolver_status(cusolverStatus_t error, std::string_view what) {
   return absl::InternalError(cat(what, ": cuSOLVER error ", static_cast<int>(error)));
 }
 
-absl::Status check_orthogonal(const Device& device, const Cublas& cublas, std::size_t n,
+absl::Status check_orthogonal(const Stage& stage, const Cublas& cublas, std::size_t n,
                               const __half* rows, DeviceUsage& usage) {
   auto product = Array<float>::make(Place::kDevice, n * n, usage);
   if (!product.ok()) return product.status();
@@ -42,11 +42,11 @@ absl::Status check_orthogonal(const Device& device, const Cublas& cublas, std::s
                    stride, rows, CUDA_R_16F, stride, &zero, product->data(), CUDA_R_32F, size,
                    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
       "cublasGemmEx"));
-  INFEMERAL_CUDA(identity_error(device.stage, product->data(), size, worst->data()));
+  INFEMERAL_CUDA(identity_error(stage, product->data(), size, worst->data()));
   float error = 0;
-  INFEMERAL_CUDA(cudaMemcpyAsync(&error, worst->data(), sizeof error, cudaMemcpyDeviceToHost,
-                                 device.stage.stream));
-  INFEMERAL_CUDA(cudaStreamSynchronize(device.stage.stream));
+  INFEMERAL_CUDA(
+      cudaMemcpyAsync(&error, worst->data(), sizeof error, cudaMemcpyDeviceToHost, stage.stream));
+  INFEMERAL_CUDA(cudaStreamSynchronize(stage.stream));
   if (error < kMaxOrthogonalityError) return absl::OkStatus();
   return absl::InternalError(cat("the cloak of size ", n, " is not orthogonal: max |QQ^T - I| is ",
                                  error, ", allowed is ", kMaxOrthogonalityError));
@@ -62,9 +62,9 @@ absl::Status cublas_status(cublasStatus_t error, std::string_view what) {
   return absl::InternalError(cat(what, ": ", cublasGetStatusString(error)));
 }
 
-absl::Status generate_cloak(const Device& device, const Cublas& cublas, const CloakSeed& seed,
+absl::Status generate_cloak(const Stage& stage, const Cublas& cublas, const CloakSeed& seed,
                             std::size_t n, __half* rows, DeviceUsage& usage) {
-  const cudaStream_t stream = device.stage.stream;
+  const cudaStream_t stream = stage.stream;
   const int size = static_cast<int>(n);
   // Column-major, as the keystream fills it and LAPACK wants it. Wiped when released.
   auto matrix = Array<double>::make(Place::kDevice, n * n, usage);
@@ -103,18 +103,17 @@ absl::Status generate_cloak(const Device& device, const Cublas& cublas, const Cl
       cusolver_status(cusolverDnDgeqrf(raw, size, size, matrix->data(), size, tau->data(),
                                        work->data(), work_size, info->data()),
                       "cusolverDnDgeqrf"));
-  INFEMERAL_CUDA(diagonal_signs(device.stage, matrix->data(), size, signs->data()));
+  INFEMERAL_CUDA(diagonal_signs(stage, matrix->data(), size, signs->data()));
   INFEMERAL_RETURN(
       cusolver_status(cusolverDnDorgqr(raw, size, size, size, matrix->data(), size, tau->data(),
                                        work->data(), work_size, info->data()),
                       "cusolverDnDorgqr"));
-  INFEMERAL_CUDA(
-      store_rounded(device.stage, matrix->data(), signs->data(), size, padded(size), rows));
+  INFEMERAL_CUDA(store_rounded(stage, matrix->data(), signs->data(), size, padded(size), rows));
   INFEMERAL_CUDA(cudaStreamSynchronize(stream));
-  return check_orthogonal(device, cublas, n, rows, usage);
+  return check_orthogonal(stage, cublas, n, rows, usage);
 }
 
-absl::StatusOr<DeviceCloak> load_cloak(const Device& device, const Cublas& cublas,
+absl::StatusOr<DeviceCloak> load_cloak(const Stage& stage, const Cublas& cublas,
                                        const ClientFolder& folder, DeviceUsage& usage) {
   const std::size_t n = folder.manifest.hidden_size, stride = padded(static_cast<int>(n));
   DeviceCloak cloak;
@@ -126,19 +125,19 @@ absl::StatusOr<DeviceCloak> load_cloak(const Device& device, const Cublas& cubla
     *array = *std::move(made);
   }
   if (folder.manifest.cloak_mode == CloakMode::kLazy && n >= kMinDeviceSize) {
-    INFEMERAL_RETURN(generate_cloak(device, cublas, folder.seed, n, cloak.rows.data(), usage));
+    INFEMERAL_RETURN(generate_cloak(stage, cublas, folder.seed, n, cloak.rows.data(), usage));
   } else {
     const absl::StatusOr<Cloak> host = folder.load_cloak();
     if (!host.ok()) return host.status();
     INFEMERAL_CUDA(cudaMemcpy2DAsync(cloak.rows.data(), stride * sizeof(__half),
                                      host->values().data(), n * sizeof(__half), n * sizeof(__half),
-                                     n, cudaMemcpyHostToDevice, device.stage.stream));
-    INFEMERAL_CUDA(cudaStreamSynchronize(device.stage.stream));
+                                     n, cudaMemcpyHostToDevice, stage.stream));
+    INFEMERAL_CUDA(cudaStreamSynchronize(stage.stream));
   }
   const int size = static_cast<int>(n);
-  INFEMERAL_CUDA(pack_matrix(device.stage, cloak.rows.data(), size, false, cloak.packed.data()));
-  INFEMERAL_CUDA(pack_matrix(device.stage, cloak.rows.data(), size, true, cloak.transposed.data()));
-  INFEMERAL_CUDA(cudaStreamSynchronize(device.stage.stream));
+  INFEMERAL_CUDA(pack_matrix(stage, cloak.rows.data(), size, false, cloak.packed.data()));
+  INFEMERAL_CUDA(pack_matrix(stage, cloak.rows.data(), size, true, cloak.transposed.data()));
+  INFEMERAL_CUDA(cudaStreamSynchronize(stage.stream));
   return cloak;
 }
 

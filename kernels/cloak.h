@@ -28,12 +28,12 @@ struct DeviceCloak {
 
 // From the folder's file (eager), or made from its seed (lazy): large ones on the device, whose QR
 // is far faster than the host's. Checks max |Q Q^T - I| < 1e-3 of what it makes.
-absl::StatusOr<DeviceCloak> load_cloak(const Device& device, const Cublas& cublas,
+absl::StatusOr<DeviceCloak> load_cloak(const Stage& stage, const Cublas& cublas,
                                        const ClientFolder& folder, DeviceUsage& usage);
 
 // Q as Cloak::generate makes it, but for roundings, as float16 values in `rows` (row-major, n x
 // padded(n)). Its Gaussians come from the host's keystream, the QR from cuSOLVER.
-absl::Status generate_cloak(const Device& device, const Cublas& cublas, const CloakSeed& seed,
+absl::Status generate_cloak(const Stage& stage, const Cublas& cublas, const CloakSeed& seed,
                             std::size_t n, __half* rows, DeviceUsage& usage);
 
 }  // namespace infemeral::cuda

@@ -45,8 +45,10 @@ absl::StatusOr<void*> allocate(Place place, std::size_t bytes, DeviceUsage& usag
       (void)cudaFree(data);
       return cuda_status(cleared, "cudaMemset");
     }
-    usage.bytes += bytes;
-    usage.peak = std::max(usage.peak, usage.bytes);
+    const std::size_t now = usage.bytes += bytes;
+    for (std::size_t peak = usage.peak; peak < now;) {
+      if (usage.peak.compare_exchange_weak(peak, now)) break;
+    }
   } else {
     if (const cudaError_t error = cudaHostAlloc(&data, bytes, cudaHostAllocMapped);
         error != cudaSuccess) {

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -45,10 +46,10 @@ absl::Status cuda_status(cudaError_t error, std::string_view what);
     target = *std::move(result_or);                 \
   } while (false)
 
-// What an object has allocated on its device. Shared by its arrays, one thread at a time.
+// What an object has allocated on its device. Shared by its arrays, from any thread.
 struct DeviceUsage {
-  std::size_t bytes = 0, peak = 0;
-  std::size_t allocations = 0;  // device and pinned, ever
+  std::atomic<std::size_t> bytes = 0, peak = 0;
+  std::atomic<std::size_t> allocations = 0;  // device and pinned, ever
 };
 
 enum class Place {

@@ -174,7 +174,7 @@ TEST_CASE("the cloak that the device makes is the host's, but for float16 roundi
     cuda::DeviceUsage usage;
     const std::size_t stride = cuda::padded(static_cast<int>(n));
     auto rows = cuda::Array<__half>::make(cuda::Place::kDevice, n * stride, usage).value();
-    REQUIRE(cuda::generate_cloak(*device, cublas, seed, n, rows.data(), usage).ok());
+    REQUIRE(cuda::generate_cloak(device->stage, cublas, seed, n, rows.data(), usage).ok());
     std::vector<std::uint16_t> made(n * stride);
     REQUIRE(cudaMemcpy(made.data(), rows.data(), rows.bytes(), cudaMemcpyDeviceToHost) ==
             cudaSuccess);
