@@ -219,8 +219,10 @@ __device__ void keep_from(float least, Found& found) {
     const bool keep = c < n && found.scores[c] >= least;
     const int id = c < n ? found.ids[c] : 0;
     const unsigned kept_by = __ballot_sync(0xffffffffu, keep);
+    __syncwarp();  // all have read what is written now
     if (keep) found.ids[kept + __popc(kept_by & ((1u << lane) - 1))] = id;
     kept += __popc(kept_by);
+    __syncwarp();
   }
   if (lane == 0) found.n = kept;
 }
