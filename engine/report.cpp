@@ -152,7 +152,7 @@ Json case_json(const CaseResult& c, bool with_samples) {
   json["explained_share"] = rounded(total > 0 ? sum / total : 0);
   json["calibration"] = {{"loop", c.calibration}};
   json["calibration"].update(summary_json(c.calibration_ms));
-  json["calibration"]["iqm_ms"] = rounded(summarize(c.calibration_ms).iqm);
+  json["calibration"]["p10_ms"] = rounded(summarize(c.calibration_ms).p10);
   if (with_samples) json["samples_ms"] = rounded_list(c.samples_ms);
   return json;
 }
@@ -190,9 +190,7 @@ Summary summarize(std::span<const double> samples) {
     const std::size_t high = std::min(low + 1, sorted.size() - 1);
     return sorted[low] + (rank - static_cast<double>(low)) * (sorted[high] - sorted[low]);
   };
-  const std::size_t quarter = sorted.size() / 4;
-  const std::span<const double> middle(sorted.data() + quarter, sorted.size() - 2 * quarter);
-  s.iqm = std::accumulate(middle.begin(), middle.end(), 0.0) / static_cast<double>(middle.size());
+  s.p10 = percentile(10);
   s.p50 = s.median = percentile(50);
   s.p90 = percentile(90);
   s.p95 = percentile(95);

@@ -21,11 +21,11 @@ namespace infemeral {
 // mean, median, standard deviation and percentiles of a set of samples; all 0 when it is empty.
 struct Summary {
   std::size_t count = 0;
-  double mean = 0, median = 0, std = 0, min = 0, p50 = 0, p90 = 0, p95 = 0, p99 = 0, max = 0;
-  double iqm = 0;
+  double mean = 0, median = 0, std = 0, min = 0, p10 = 0, p50 = 0, p90 = 0, p95 = 0, p99 = 0,
+         max = 0;
 };
 // Percentiles interpolate linearly between the closest ranks, as numpy.percentile does; std is the
-// population's; iqm is the mean without the lowest and the highest quarter of the samples.
+// population's.
 Summary summarize(std::span<const double> samples);
 
 // Everything about a report that does not come from a measurement.

@@ -59,7 +59,7 @@ absl::Status check_same(const Json& current, const Json& baseline) {
 
 struct Times {
   double ms = 0;
-  double adjusted = 0;  // over the calibration's iqm
+  double adjusted = 0;  // at the speed of the baseline's machine
 };
 
 std::optional<double> number(const Json& object, const char* field) {
@@ -69,12 +69,39 @@ std::optional<double> number(const Json& object, const char* field) {
   return value;
 }
 
+// Not the median: on a busy machine the loop's times fall into two heaps, and the median jumps from
+// one to the other.
 absl::StatusOr<double> calibration_ms(const Json& entry, std::string_view name) {
-  const auto ms = number(entry.value("calibration", Json()), "iqm_ms");
+  const auto ms = number(entry.value("calibration", Json()), "p10_ms");
   if (!ms || *ms <= 0) {
     return absl::InvalidArgumentError(cat("case ", name, " has no calibration"));
   }
   return *ms;
+}
+
+bool same_machine(const Json& current, const Json& baseline) {
+  const Json now = current.value("environment", Json::object());
+  const Json before = baseline.value("environment", Json::object());
+  for (const char* field : {"cpu", "logical_cores", "gpus"}) {
+    if (!now.contains(field) || shown(now, field) != shown(before, field)) return false;
+  }
+  return true;
+}
+
+// How many times as long the machine takes for the same work. The loop is not steadier than what it
+// is to judge: on the baseline's own kind of machine it may excuse, for a busy hour, but not
+// accuse.
+absl::StatusOr<double> slowdown_of_machine(const Json& now, const Json& before,
+                                           std::string_view key, bool same) {
+  const auto current = calibration_ms(now, key), baseline = calibration_ms(before, key);
+  if (!current.ok()) return current.status();
+  if (!baseline.ok()) return baseline.status();
+  if (shown(now["calibration"], "loop") != shown(before["calibration"], "loop")) {
+    return absl::InvalidArgumentError(
+        cat("case ", key, " was calibrated by another loop in the baseline; record it anew"));
+  }
+  const double slowdown = *current / *baseline;
+  return same ? std::max(slowdown, 1.0) : slowdown;
 }
 
 // The phases' p50s of both, in the current report's order.
@@ -83,8 +110,7 @@ struct PhasePair {
   Times current, baseline;
 };
 
-std::vector<PhasePair> common_phases(const Json& current, double current_scale,
-                                     const Json& baseline, double baseline_scale) {
+std::vector<PhasePair> common_phases(const Json& current, const Json& baseline, double slowdown) {
   std::vector<PhasePair> pairs;
   const Json now = current.value("phases", Json::object());
   const Json before = baseline.value("phases", Json::object());
@@ -92,7 +118,7 @@ std::vector<PhasePair> common_phases(const Json& current, double current_scale,
     const auto a = number(phase, "p50_ms");
     const auto b = before.contains(name) ? number(before[name], "p50_ms") : 0.0;
     if (!a || !b) continue;
-    pairs.push_back({name, {*a, *a / current_scale}, {*b, *b / baseline_scale}});
+    pairs.push_back({name, {*a, *a / slowdown}, {*b, *b}});
   }
   return pairs;
 }
@@ -116,6 +142,7 @@ absl::StatusOr<GateResult> compare(const Json& current, const Json& baseline,
   GateResult result;
   result.table = absl::StrFormat("%-16s %12s %12s %8s %10s  %s\n", "case", "baseline ms", "now ms",
                                  "ratio", "adjusted", "");
+  const bool same = same_machine(current, baseline);
   int compared = 0;
   for (const Json& now : current["cases"]) {
     const std::string key = key_of(now);
@@ -129,22 +156,16 @@ absl::StatusOr<GateResult> compare(const Json& current, const Json& baseline,
     if (!a || !b || *b <= 0) {
       return absl::InvalidArgumentError(cat("case ", key, " has no p50_ms"));
     }
-    const auto current_scale = calibration_ms(now, key),
-               baseline_scale = calibration_ms(*before, key);
-    if (!current_scale.ok()) return current_scale.status();
-    if (!baseline_scale.ok()) return baseline_scale.status();
-    if (shown(now["calibration"], "loop") != shown((*before)["calibration"], "loop")) {
-      return absl::InvalidArgumentError(
-          cat("case ", key, " was calibrated by another loop in the baseline; record it anew"));
-    }
+    const auto slowdown = slowdown_of_machine(now, *before, key, same);
+    if (!slowdown.ok()) return slowdown.status();
     ++compared;
 
-    const Times whole{*a, *a / *current_scale}, whole_before{*b, *b / *baseline_scale};
+    const Times whole{*a, *a / *slowdown}, whole_before{*b, *b};
     const double ratio = ratio_of(whole, whole_before);
     const double whole_growth = whole.adjusted - whole_before.adjusted;
     std::vector<Regression> found;
     const PhasePair* most = nullptr;  // the phase that grew most
-    const auto phases = common_phases(now, *current_scale, *before, *baseline_scale);
+    const auto phases = common_phases(now, *before, *slowdown);
     const auto growth = [](const PhasePair& p) { return p.current.adjusted - p.baseline.adjusted; };
     for (const PhasePair& phase : phases) {
       if (most == nullptr || growth(phase) > growth(*most)) most = &phase;

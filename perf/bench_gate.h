@@ -25,7 +25,7 @@ struct Regression {
   std::string phase;       // the slower phase; empty when the phases do not say
   double baseline_ms = 0;  // p50 of that phase, or of the case
   double current_ms = 0;
-  double ratio = 0;  // current to baseline, each first divided by its own calibration
+  double ratio = 0;  // current to baseline, at the speed of the baseline's machine
 };
 
 struct GateResult {
@@ -34,12 +34,12 @@ struct GateResult {
 };
 
 // p50 by p50. A case regresses when it is slower than max_ratio as a whole, or when one of its
-// phases is, and that shows in the case (min_share, min_effect). All times are divided by the
-// calibration loop's that ran between the case's own samples, so that a machine that is slower in
-// both does not count. Of the loop, the interquartile mean: on a busy machine its times fall into
-// two heaps, and a median jumps from one to the other. InvalidArgument when one of them is not a
-// bench report of this version, when models, options or calibration loops differ, or when they have
-// no case in common.
+// phases is, and that shows in the case (min_share, min_effect). The current times are first
+// divided by what the calibration loops between both reports' samples say of the machine: how many
+// times as long it takes now. Where processor, cores and GPUs are those of the baseline, never by
+// less than 1: there a case fails only if its times as they are have grown as well.
+// InvalidArgument when one of them is not a bench report of this version, when models, options or
+// calibration loops differ, or when they have no case in common.
 absl::StatusOr<GateResult> compare_reports(const nlohmann::json& current,
                                            const nlohmann::json& baseline,
                                            const GateOptions& options);

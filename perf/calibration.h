@@ -19,7 +19,7 @@ namespace infemeral {
 
 enum class CalibrationLoop { kCompute, kHandoff };
 
-std::string_view calibration_name(CalibrationLoop loop);  // "compute-1"
+std::string_view calibration_name(CalibrationLoop loop);  // "compute-2"
 
 // One thread at a time.
 class Calibrator {
@@ -30,7 +30,7 @@ class Calibrator {
   Calibrator& operator=(const Calibrator&) = delete;
 
   // Milliseconds of one pass.
-  //   kCompute   all threads multiply and add 4 MiB of floats each, as a product of one row does
+  //   kCompute   all threads multiply and add 16 MiB of floats each, as a product of one row does
   //   kHandoff   two threads wake each other 100 times, as the two ends of a channel do
   double run(CalibrationLoop loop);
 

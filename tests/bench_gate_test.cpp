@@ -14,7 +14,7 @@ using Phases = std::vector<std::pair<std::string, double>>;
 
 // A case whose samples all take the sum of its phases.
 CaseResult flat_case(const std::string& name, const Phases& phases, double calibration_ms = 1) {
-  CaseResult result{.name = name, .backend = "cpu", .calibration = "compute-1"};
+  CaseResult result{.name = name, .backend = "cpu", .calibration = "compute-2"};
   double sum = 0;
   for (const auto& [phase, ms] : phases) {
     result.phases.push_back({phase, std::vector<double>(5, ms)});
@@ -84,14 +84,30 @@ TEST_CASE("the gate names the phase that became slower, and nothing when none di
 
 TEST_CASE("the gate divides by the calibration: another machine is not a regression") {
   const Json baseline = report_of({flat_case("decode", kPlain, 2)});
+  const auto elsewhere = [](const std::vector<CaseResult>& cases) {
+    Json report = report_of(cases);
+    report["environment"]["cpu"] = "another processor";
+    return report;
+  };
   Phases twice = kPlain;
   for (auto& [name, ms] : twice) ms *= 2;
+  // Also where the same machine is busier.
+  CHECK(gate(elsewhere({flat_case("decode", twice, 4)}), baseline).regressions.empty());
   CHECK(gate(report_of({flat_case("decode", twice, 4)}), baseline).regressions.empty());
   // The same times on a machine that is twice as fast are a regression, by the factor of two.
-  const auto found = gate(report_of({flat_case("decode", kPlain, 1)}), baseline).regressions;
+  const auto found = gate(elsewhere({flat_case("decode", kPlain, 1)}), baseline).regressions;
   REQUIRE(!found.empty());
   CHECK(found[0].ratio == Approx(2));
   CHECK(found[0].phase == "body");
+  // On the same one it is the loop that has had a better hour.
+  CHECK(gate(report_of({flat_case("decode", kPlain, 1)}), baseline).regressions.empty());
+  const auto slow = gate(report_of({flat_case("decode", twice, 1)}), baseline).regressions;
+  REQUIRE(!slow.empty());
+  CHECK(slow[0].ratio == Approx(2));
+  // A machine with another GPU is another machine.
+  Json other_gpu = report_of({flat_case("decode", kPlain, 1)});
+  other_gpu["environment"]["gpus"].push_back("another GPU");
+  CHECK(!gate(other_gpu, baseline).regressions.empty());
 }
 
 TEST_CASE("the gate refuses to compare what cannot be compared") {
@@ -118,7 +134,7 @@ TEST_CASE("the gate refuses to compare what cannot be compared") {
   refuses(good, changed("/options/head", "full"), "head");
   refuses(good, changed("/options/prefill_tokens", 5), "prefill_tokens");
   refuses(good, changed("/cases/0/calibration/loop", "compute-0"), "calibrated");
-  refuses(good, changed("/cases/0/calibration/iqm_ms", 0), "calibration");
+  refuses(good, changed("/cases/0/calibration/p10_ms", 0), "calibration");
   refuses(good, changed("/cases/0/calibration", nullptr), "calibration");
   refuses(good, changed("/cases/0/p50_ms", "fast"), "p50_ms");
   refuses(changed("/cases/0/p50_ms", nullptr), good, "p50_ms");
