@@ -28,7 +28,7 @@
 namespace infemeral {
 
 enum class CloakMode {
-  kLazy,   // only the seed is stored; the matrix is made on first use and kept in memory
+  kLazy,   // only the seed is stored; the client makes the matrix, once
   kEager,  // the matrix is stored as a file
   kFolded  // the tables are stored rotated; nothing is multiplied with the matrix
 };

@@ -420,7 +420,7 @@ __global__ void __launch_bounds__(kProductThreads<Warpgroups>, 1)
       if (++stage == stages) stage = 0;
       if (++chunk < chunks) continue;
       chunk = 0;
-      if constexpr (kTeams < Warpgroups >> 1) {  // the next one is the other team's
+      if constexpr (Warpgroups) {  // the next one is the other team's
         stage = (stage + chunks) % stages;
       }
       if constexpr (kSharers > 1) {

@@ -19,6 +19,9 @@ namespace {
 constexpr int kKeepaliveTimeMs = 10000;
 constexpr int kKeepaliveTimeoutMs = 4800;
 
+// Whoever waits for longer does not notice 100 us.
+constexpr std::chrono::milliseconds kAwaitedAnswer{50};
+
 std::shared_ptr<grpc::Channel> make_channel(const ClientLinkOptions& options) {
   grpc::ChannelArguments arguments;
   arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveTimeMs);
@@ -62,6 +65,8 @@ ClientStream::ClientStream(const ClientLinkOptions& options, Identity identity,
 
 ClientStream::~ClientStream() {
   hang_up();
+  queue_.Shutdown();
+  (void)wait();  // for its end
 }
 
 // ---- connection ----
@@ -93,7 +98,7 @@ absl::Status ClientStream::open(const std::stop_token& stop) {
       const auto left =
           std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Watchdog::Clock::now());
       Interrupt interrupt(*this, left, stop);
-      stream_ = stub_->Session(context_.get());
+      stream_ = stub_->AsyncSession(context_.get(), &queue_, nullptr);
       status = shake_hands(suite, interrupt, offered);
     }
     // The time may have been over just after the answer came: the call is cancelled all the same.
@@ -180,8 +185,7 @@ absl::Status ClientStream::no_answer(std::chrono::milliseconds timeout) const {
 absl::Status ClientStream::give_up(absl::Status status) {
   if (stream_) {
     context_->TryCancel();
-    stream_->Finish();
-    stream_.reset();
+    (void)finish_stream();
   }
   // A later call was not cancelled: it finds that the connection is gone.
   error_ = absl::IsCancelled(status) ? given_up_by_cancellation() : status;
@@ -191,7 +195,8 @@ absl::Status ClientStream::give_up(absl::Status status) {
 void ClientStream::hang_up() {
   if (!stream_) return;
   const Interrupt interrupt(*this, kCloseTimeout, {});
-  stream_->WritesDone();
+  stream_->WritesDone(this);
+  (void)wait();
   (void)finish_stream();
 }
 
@@ -199,9 +204,12 @@ grpc::Status ClientStream::finish_stream() {
   // gRPC gives the status only to who has read what came before it, such as answers to steps that
   // were sent ahead.
   v1::Envelope unread;
-  while (stream_->Read(&unread)) {
-  }
-  grpc::Status status = stream_->Finish();
+  do {
+    stream_->Read(&unread, this);
+  } while (wait());
+  grpc::Status status;
+  stream_->Finish(&status, this);
+  (void)wait();
   stream_.reset();
   return status;
 }
@@ -210,13 +218,42 @@ grpc::Status ClientStream::finish_stream() {
 
 bool ClientStream::write(const v1::Envelope& envelope) {
   counters_.bytes_up += envelope.ByteSizeLong();
-  return stream_->Write(envelope);
+  stream_->Write(envelope, this);
+  return wait();
 }
 
 bool ClientStream::read(v1::Envelope& envelope) {
-  if (!stream_->Read(&envelope)) return false;
+  stream_->Read(&envelope, this);
+  if (!(options_.spin ? wait_around() : wait())) return false;
   counters_.bytes_down += envelope.ByteSizeLong();
   return true;
+}
+
+bool ClientStream::wait() {
+  void* tag = nullptr;
+  bool ok = false;
+  return queue_.Next(&tag, &ok) && ok;
+}
+
+bool ClientStream::wait_around() {
+  using Clock = Watchdog::Clock;
+  const Clock::time_point begin = Clock::now();
+  const Clock::duration expected = std::exchange(last_wait_, Clock::duration::zero());
+  void* tag = nullptr;
+  bool ok = false;
+  auto result = grpc::CompletionQueue::TIMEOUT;
+  if (expected < kAwaitedAnswer) {
+    const std::chrono::nanoseconds sleep = expected * 7 / 8;
+    result = queue_.AsyncNext(&tag, &ok,
+                              gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
+                                           gpr_time_from_nanos(sleep.count(), GPR_TIMESPAN)));
+    while (result == grpc::CompletionQueue::TIMEOUT && Clock::now() - begin < expected * 9 / 8) {
+      result = queue_.AsyncNext(&tag, &ok, gpr_time_0(GPR_CLOCK_MONOTONIC));
+    }
+  }
+  if (result == grpc::CompletionQueue::TIMEOUT) ok = wait();
+  last_wait_ = Clock::now() - begin;
+  return ok;
 }
 
 absl::Status ClientStream::send(const std::string& frame, Interrupt& interrupt, PhaseTimes& times) {

@@ -85,6 +85,8 @@ class ClientStream {
                              std::optional<CipherSuite>& offered) const;
   bool write(const v1::Envelope& envelope);
   bool read(v1::Envelope& envelope);
+  bool wait();         // for the call's only operation that is out; false when it failed
+  bool wait_around();  // the same, awake around the time that the last one took
   // Why the stream broke, from the interrupt or from gRPC's status.
   absl::Status broken(const Interrupt& interrupt, StreamStage stage);
   absl::Status no_answer(std::chrono::milliseconds timeout) const;
@@ -103,8 +105,10 @@ class ClientStream {
   // answer.
   std::atomic<bool> timed_out_ = false;
   std::atomic<bool> stopped_ = false;
+  grpc::CompletionQueue queue_;
+  Watchdog::Clock::duration last_wait_{};  // for an answer
   // Null once the stream is given up.
-  std::unique_ptr<grpc::ClientReaderWriter<v1::Envelope, v1::Envelope>> stream_;
+  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::Envelope, v1::Envelope>> stream_;
   absl::Status error_;  // why it was
   CipherSuite suite_ = CipherSuite::kAesGcm;
   std::unique_ptr<FrameSealer> sealer_;

@@ -140,8 +140,7 @@ def plain_generation(engine: Engine, causal: torch.nn.Module, length: int, steps
     if model._graphs:
         width = next(size for size in model._tables if size >= len(pages))
         graph = model._graphs[1, width]
-        positions, slots, table = graph._device[1:]
-        states = graph._device[0]
+        states, positions, slots, table = graph.inputs
         table.zero_()
         table[0, :len(pages)] = pages
     else:

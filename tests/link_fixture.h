@@ -251,6 +251,7 @@ struct Rig {
     options.model_fingerprint = body.info().model_fingerprint;
     options.cloak_commitment = body.info().cloak_commitment;
     options.hidden_size = hidden_size;
+    options.spin = std::random_device{}() % 2 == 0;  // nothing but the time depends on it
   }
 
   void start() {

@@ -272,6 +272,31 @@ TEST_CASE("a stop token ends a step and gives the link up") {
   CHECK(soon([&] { return rig.server->counters().open_sessions == 0; }));
 }
 
+TEST_CASE("a link that looks for its answers takes them whenever they come") {
+  std::latch leave(1);
+  Rig rig;
+  std::atomic<int> wait_us = 0;
+  rig.body.before_run = [&] {
+    if (wait_us < 0) return leave.wait();
+    std::this_thread::sleep_for(std::chrono::microseconds(wait_us));
+  };
+  rig.options.spin = true;
+  rig.options.step_timeout = milliseconds(300);
+  rig.start();
+  const auto link = rig.connect();
+  Talk talk(*link, 96, WireDtype::kF16);
+  // About when the one before came, much sooner, much later; beyond what it stays awake for.
+  for (int us : {0, 3000, 3100, 2900, 100, 20000, 0, 60000, 70000, 40000, 40000}) {
+    wait_us = us;
+    const auto status = talk.step(static_cast<std::uint32_t>(talk.rows.size()), 1, Wanted::kLast);
+    CAPTURE(us, status.ToString());
+    REQUIRE(status.ok());
+  }
+  wait_us = -1;
+  check_says(talk.step(11, 1, Wanted::kLast), absl::StatusCode::kDeadlineExceeded, "300 ms");
+  leave.count_down();
+}
+
 TEST_CASE("a step that takes too long ends at its deadline") {
   // Outlives the rig, whose compute thread may still look at it.
   std::latch leave(1);

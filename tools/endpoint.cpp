@@ -1,9 +1,17 @@
 #include "tools/endpoint.h"
 
+#include <thread>
+
 #include "cpu/body.h"
 #include "engine/text.h"
 
 namespace infemeral {
+namespace {
+
+// With fewer, a server on the same machine would miss the one that looks for answers.
+constexpr unsigned kCoresToSpin = 4;
+
+}  // namespace
 
 absl::StatusOr<PublicKey> load_public_key(const std::string& text_or_file) {
   if (auto key = parse_public_key(text_or_file); key.ok()) return *key;
@@ -78,6 +86,7 @@ absl::StatusOr<Endpoint> Endpoint::open(const EndpointOptions& options,
   auto identity = Identity::load(options.identity);
   if (!identity.ok()) return identity.status();
   endpoint.identity_ = *std::move(identity);
+  endpoint.link_.spin = std::thread::hardware_concurrency() >= kCoresToSpin;
   if (!options.tls.empty()) {
     auto tls = load_client_tls(options.tls);
     if (!tls.ok()) return tls.status();

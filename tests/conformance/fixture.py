@@ -46,12 +46,14 @@ class Server:
 
 class Fixture:
     def __init__(self, args, folder):
-        self.tools, self.folder = Path(args.tools), Path(folder)
-        self.server_command = shlex.split(args.server_command)
+        self.tools, self.folder = Path(args.tools).absolute(), Path(folder)
+        # Servers start in several folders.
+        self.server_command = [str(Path(word).absolute()) if "/" in word and Path(word).exists() else word
+                               for word in shlex.split(args.server_command)]
         self.replaces_keys = args.replaces_keys
         self.seed = args.seed if args.seed is not None else random_seed()
         self.random = np.random.default_rng(self.seed)
-        self.run(args.make_tiny_model, "model")
+        self.run(Path(args.make_tiny_model).absolute(), "model")
         self.tool("engine_prep", "--quiet", "--model", "model", "--output", "prepared",
                   "--body-dtype", "f32")
         for name in ("client", "other", "stranger", "server"):

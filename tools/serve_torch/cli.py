@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -253,6 +254,9 @@ def main(arguments: list[str] | None = None,
         body = load(options, console)
         if body is None:
             return EXIT_OK
+        # What was loaded stays: the collector need not look through it between two steps.
+        gc.collect()
+        gc.freeze()
         try:
             if options.front:
                 return front.serve(options, body, console.log)

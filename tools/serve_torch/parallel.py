@@ -8,6 +8,7 @@ import os
 import signal
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -52,28 +53,28 @@ class RankZero:
         self._model = model
         self._alone = world_size() == 1
 
-    def _send(self, kind: int, shape: tuple[int, ...], integers: torch.Tensor) -> None:
+    def _send(self, kind: int, shape: tuple[int, ...], integers: np.ndarray) -> None:
         device = self._model.device
-        dist.broadcast(torch.tensor([kind, *shape, integers.numel()], device=device), 0)
-        if integers.numel() > 0:
-            dist.broadcast(integers.to(device), 0)
+        dist.broadcast(torch.tensor([kind, *shape, integers.size], device=device), 0)
+        if integers.size > 0:
+            dist.broadcast(torch.from_numpy(integers).to(device), 0)
 
-    def run(self, states, positions, slots, table, back: int) -> torch.Tensor:
+    def run(self, states, positions, slots, table, back: int) -> np.ndarray:
         if not self._alone:
             b, t, _ = states.shape
-            integers = torch.cat([x.reshape(-1) for x in (positions, slots, table)])
+            integers = np.concatenate([x.reshape(-1) for x in (positions, slots, table)])
             self._send(RUN, (b, t), integers)
-            dist.broadcast(states.to(self._model.device), 0)
+            dist.broadcast(torch.from_numpy(states).to(self._model.device), 0)
         return self._model.run(states, positions, slots, table, back)
 
-    def wipe(self, pages: torch.Tensor) -> None:
+    def wipe(self, pages: np.ndarray) -> None:
         if not self._alone:
             self._send(WIPE, (0, 0), pages)
         self._model.wipe(pages)
 
     def stop(self) -> None:
         if not self._alone:
-            self._send(STOP, (0, 0), torch.empty(0, dtype=torch.int64))
+            self._send(STOP, (0, 0), np.empty(0, np.int64))
             end(self._model)
 
 
@@ -91,11 +92,12 @@ def follow(model: TorchModel) -> None:
             return
         integers = torch.empty(count, dtype=torch.int64, device=model.device)
         dist.broadcast(integers, 0)
-        integers = integers.cpu()
+        integers = integers.cpu().numpy()
         if kind == WIPE:
             model.wipe(integers)
             continue
         states = torch.empty((b, t, model.hidden_size), device=model.device)
         dist.broadcast(states, 0)
-        positions, slots, table = integers.split([b * t, b * t, count - 2 * b * t])
-        model.run(states.cpu(), positions.view(b, t), slots.view(b, t), table.view(b, -1), back=0)
+        positions, slots, table = np.split(integers, [b * t, 2 * b * t])
+        model.run(states.cpu().numpy(), positions.reshape(b, t), slots.reshape(b, t),
+                  table.reshape(b, -1), back=0)

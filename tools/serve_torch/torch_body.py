@@ -41,7 +41,7 @@ class TorchBody(Body):
 
     def release(self, session: Session) -> None:
         if session.pages:
-            self._ranks.wipe(torch.tensor(session.pages))
+            self._ranks.wipe(np.array(session.pages))
             self._free += session.pages
             session.pages = []
         session.kv_len = 0
@@ -93,15 +93,16 @@ class TorchBody(Body):
         rows = len(group[0].states)
         back = max({WANTED_ALL: rows, WANTED_NONE: 0}.get(step.wanted, 1) for step in group)
         ends = [step.start_pos + rows for step in group]
-        positions = np.stack([np.arange(end - rows, end) for end in ends])
+        positions = np.array([[end - rows] for end in ends]) + np.arange(rows)
         table = np.zeros((len(group), -(-max(ends) // PAGE)), np.int64)
         for i, step in enumerate(group):
             used = -(-ends[i] // PAGE)
             table[i, :used] = step.session.pages[:used]
-        slots = np.take_along_axis(table, positions // PAGE, axis=1) * PAGE + positions % PAGE
+        pages = table[np.arange(len(group))[:, None], positions // PAGE]
+        slots = pages * PAGE + positions % PAGE
         states = np.stack([step.states for step in group])
-        out = self._ranks.run(*map(torch.from_numpy, (states, positions, slots, table)), back)
-        return out.numpy().copy()  # the model uses its memory again
+        # A copy: the model uses its memory again.
+        return self._ranks.run(states, positions, slots, table, back).copy()
 
 
 # ---- loading ----

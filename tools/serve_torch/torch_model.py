@@ -1,7 +1,7 @@
 """The transformer layers on one device: a stock Hugging Face model whose attention reads and writes
 a paged KV cache, so that sessions of any length share its memory and their rows run together.
 
-A step is four tensors, which also is all that the ranks of a tensor-parallel group exchange:
+A step is four arrays, which also is all that the ranks of a tensor-parallel group exchange:
 
     states     [B, T, H]  float32 hidden states
     positions  [B, T]     int64
@@ -12,10 +12,13 @@ Page 0 belongs to nobody: rows that only fill up a batch write there.
 """
 
 import contextlib
+import itertools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,6 +30,8 @@ except ImportError:  # a PyTorch without Triton
     decode_attention = None
 
 PAGE = 64  # positions
+ALIGNMENT = 256  # bytes, of what a graph reads
+WARM_UP_ROWS = (2, 16, 128, 512)
 ATTENTION = "infemeral_paged"
 
 
@@ -160,8 +165,10 @@ class TorchModel:
         self._tables = buckets(-(-options.max_context // PAGE), smallest=4)
         if options.decode == "compile":
             self._compile()
-        if options.decode != "eager" and self.device.type == "cuda":
-            self._capture()
+        if self.device.type == "cuda":
+            if options.decode != "eager":
+                self._capture()
+            self._warm_up()
 
     @property
     def page_bytes(self) -> int:
@@ -182,8 +189,8 @@ class TorchModel:
         self._n_pages = pages
 
     @torch.no_grad()
-    def wipe(self, pages: torch.Tensor) -> None:
-        pages = pages[pages < self._n_pages].to(self.device)
+    def wipe(self, pages: np.ndarray) -> None:
+        pages = torch.from_numpy(pages[pages < self._n_pages]).to(self.device)
         for attention in self._attentions:
             attention.key_pages.index_fill_(0, pages, 0)
             attention.value_pages.index_fill_(0, pages, 0)
@@ -191,10 +198,10 @@ class TorchModel:
     # ---- a step ----
 
     @torch.no_grad()
-    def run(self, states: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor,
-            table: torch.Tensor, back: int) -> torch.Tensor:
-        """Tensors on the host, also the result: [B, back, H] float32, normed, of the last rows. The
-        step is done when this returns, also when nothing comes back."""
+    def run(self, states: np.ndarray, positions: np.ndarray, slots: np.ndarray, table: np.ndarray,
+            back: int) -> np.ndarray:
+        """The result: [B, back, H] float32, normed, of the last rows; the next run may use its
+        memory again. The step is done when this returns, also when nothing comes back."""
         needed = int(table.max()) + 1
         if needed > self._n_pages:
             self._resize(max(needed, 2 * self._n_pages))
@@ -204,14 +211,15 @@ class TorchModel:
             width = next(size for size in self._tables if size >= table.shape[1])
             graph = self._graphs[batch, width]
             return graph.replay(back, states, positions, slots, table)[:b]
-        on_device = (x.to(self.device) for x in (states, positions, slots, table))
+        on_device = (torch.from_numpy(x).to(self.device)
+                     for x in (states, positions, slots, table))
         # Compiled layers are for single rows; other shapes would be compiled one by one.
         eager = t > 1 and self._compiled
         with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
             out = self.forward(*on_device, back=back).cpu()
         if back == 0 and self.device.type == "cuda":  # no copy has waited for the step
             torch.cuda.current_stream().synchronize()
-        return out
+        return out.numpy()
 
     def forward(self, states, positions, slots, table, back: int = 1) -> torch.Tensor:
         """The same on the device, as it is captured."""
@@ -236,6 +244,15 @@ class TorchModel:
         bias = bias.masked_fill_(hidden, float("-inf"))[:, None, None]
         bias = bias.expand(b, 1, self._group, t, size)
         return bias.reshape(b, 1, self._group * t, size)
+
+    def _warm_up(self) -> None:
+        """Steps of several rows, as a prompt's: the first of them load kernels and choose among
+        them, which takes several times as long as the step. Their keys go to page 0."""
+        for rows in WARM_UP_ROWS:
+            rows = min(rows, self._options.max_context)
+            positions = np.arange(rows)[None]
+            self.run(np.zeros((1, rows, self.hidden_size), np.float32), positions,
+                     positions % PAGE, np.zeros((1, -(-rows // PAGE)), np.int64), back=1)
 
     # ---- single rows, fast ----
 
@@ -300,12 +317,21 @@ class DecodeGraph:
 
     def __init__(self, model: TorchModel, batch: int, width: int):
         pinned = model.device.type == "cuda"
-        # Of the rows that nobody asked for: position 0, slot 0, page 0.
-        self._host = [torch.zeros(shape, dtype=dtype, pin_memory=pinned)
-                      for shape, dtype in (((batch, 1, model.hidden_size), torch.float32),
-                                           ((batch, 1), torch.int64), ((batch, 1), torch.int64),
-                                           ((batch, width), torch.int64))]
-        self._device = [x.to(model.device) for x in self._host]
+        # The step's arrays one behind the other, so that one copy brings them all.
+        shapes = [((batch, 1, model.hidden_size), torch.float32), ((batch, 1), torch.int64),
+                  ((batch, 1), torch.int64), ((batch, width), torch.int64)]
+        ends = list(itertools.accumulate(
+            -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            for shape, dtype in shapes))
+        self._host = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=pinned)
+        self._device = self._host.to(model.device)
+
+        def parts(memory: torch.Tensor) -> list[torch.Tensor]:
+            return [memory[begin:begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                    for begin, (shape, dtype) in zip([0, *ends], shapes)]
+
+        self._step = [part.numpy() for part in parts(self._host)]
+        self.inputs = parts(self._device)
         self._model = model
         self._graph = None
         self._out = None
@@ -313,7 +339,7 @@ class DecodeGraph:
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
-        return self._model.forward(*self._device)
+        return self._model.forward(*self.inputs)
 
     @torch.no_grad()
     def capture(self, pool) -> None:
@@ -328,14 +354,16 @@ class DecodeGraph:
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._out = self.forward()
 
-    def replay(self, back: int, *step: torch.Tensor) -> torch.Tensor:
+    def replay(self, back: int, *step: np.ndarray) -> np.ndarray:
         """[batch, back, H] on the host; its memory is the next replay's too."""
-        for host, device, given in zip(self._host, self._device, step):
-            host.zero_()
-            host[tuple(slice(size) for size in given.shape)] = given
-            device.copy_(host, non_blocking=True)
+        rows, pages = step[-1].shape
+        for host, given in zip(self._step, step):
+            host[:rows, :given.shape[1]] = given
+            host[rows:] = 0  # rows that nobody asked for: position 0, slot 0, page 0
+        self._step[-1][:rows, pages:] = 0
+        self._device.copy_(self._host, non_blocking=True)
         self._graph.replay()
         if back > 0:
             self._result.copy_(self._out, non_blocking=True)
         torch.cuda.current_stream().synchronize()
-        return self._result[:, :back]
+        return self._result.numpy()[:, :back]
