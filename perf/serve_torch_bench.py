@@ -39,7 +39,8 @@ from gpu_peers import Bench, environment, measure_bandwidth  # noqa: E402
 from serve_torch import parallel  # noqa: E402
 from serve_torch.body import WANTED_ALL, WANTED_LAST, BodyInfo, BodyStep  # noqa: E402
 from serve_torch.torch_body import TorchBody, choose_device, load_weights  # noqa: E402
-from serve_torch.torch_model import ATTENTION, PAGE, ModelOptions, TorchModel  # noqa: E402
+from serve_torch.torch_model import (ATTENTION, PAGE, DecodeGraph, ModelOptions,  # noqa: E402
+                                     TorchModel)
 
 PROMPT_ROWS = 100
 # A row at the wrong position, head or page differs by about its whole norm.
@@ -139,7 +140,9 @@ def plain_generation(engine: Engine, causal: torch.nn.Module, length: int, steps
     token = torch.zeros(1, dtype=torch.int64, device=device)
     if model._graphs:
         width = next(size for size in model._tables if size >= len(pages))
-        graph = model._graphs[1, width]
+        # One of its own, whose rows stay on the device.
+        graph = DecodeGraph(model, 1, width)
+        graph.capture(None, transfers=False)
         states, positions, slots, table = graph.inputs
         table.zero_()
         table[0, :len(pages)] = pages
@@ -160,11 +163,11 @@ def plain_generation(engine: Engine, causal: torch.nn.Module, length: int, steps
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            ends(graph._out)
+            ends(graph.out)
         torch.cuda.current_stream().wait_stream(stream)
         ends_graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(ends_graph, capture_error_mode="thread_local"):
-            ends(graph._out)
+            ends(graph.out)
     seconds = []
     for i in range(steps):
         start = time.perf_counter()
@@ -172,7 +175,7 @@ def plain_generation(engine: Engine, causal: torch.nn.Module, length: int, steps
         positions.fill_(at)
         slots.copy_(all_slots[at:at + 1, None])
         if ends_graph is not None:
-            graph._graph.replay()
+            graph.start()
             ends_graph.replay()
         else:
             ends(model.forward(states, positions, slots, table))

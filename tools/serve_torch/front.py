@@ -49,6 +49,7 @@ class Area:
 
         self.steps = part(STEP, max_rows)
         self.results = part(RESULT, max_rows)
+        self.codes, self.kv_lens = self.results["code"], self.results["kv_len"]
         self.states = part(np.float32, max_rows, hidden_size)
         self.out = part(np.float32, max_rows, hidden_size)
         if end != size:
@@ -113,7 +114,7 @@ class Worker:
         for i, step in enumerate(steps):
             if step.error is None:
                 area.out[firsts[i]:firsts[i] + len(step.out)] = step.out
-                area.results[i] = (0, step.session.kv_len, b"")
+                area.codes[i], area.kv_lens[i] = 0, step.session.kv_len
             else:
                 kv_len = 0 if step.session is None else step.session.kv_len
                 area.results[i] = (step.error.code, kv_len, step.error.message.encode())

@@ -67,6 +67,14 @@ class RankZero:
             dist.broadcast(torch.from_numpy(states).to(self._model.device), 0)
         return self._model.run(states, positions, slots, table, back)
 
+    @property
+    def decodes(self) -> bool:
+        """Whether single rows may go the short way."""
+        return self._alone and self._model.has_graphs
+
+    def decode(self, rows, positions, tables, back: int) -> np.ndarray:
+        return self._model.decode(rows, positions, tables, back)
+
     def wipe(self, pages: np.ndarray) -> None:
         if not self._alone:
             self._send(WIPE, (0, 0), pages)

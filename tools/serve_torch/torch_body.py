@@ -91,6 +91,11 @@ class TorchBody(Body):
     def _forward(self, group: list[BodyStep]) -> np.ndarray:
         """[B, the most rows that one of them wants, H]; all steps of a group have as many rows."""
         rows = len(group[0].states)
+        if rows == 1 and self._ranks.decodes:
+            back = int(any(step.wanted != WANTED_NONE for step in group))
+            return self._ranks.decode([step.states for step in group],
+                                      [step.start_pos for step in group],
+                                      [step.session.pages for step in group], back).copy()
         back = max({WANTED_ALL: rows, WANTED_NONE: 0}.get(step.wanted, 1) for step in group)
         ends = [step.start_pos + rows for step in group]
         positions = np.array([[end - rows] for end in ends]) + np.arange(rows)

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -205,12 +205,9 @@ class TorchModel:
         needed = int(table.max()) + 1
         if needed > self._n_pages:
             self._resize(max(needed, 2 * self._n_pages))
-        b, t, _ = states.shape
+        t = states.shape[1]
         if t == 1 and self._graphs:
-            batch = next(size for size in self._batches if size >= b)
-            width = next(size for size in self._tables if size >= table.shape[1])
-            graph = self._graphs[batch, width]
-            return graph.replay(back, states, positions, slots, table)[:b]
+            return self.decode(states, positions[:, 0].tolist(), table.tolist(), back)
         on_device = (torch.from_numpy(x).to(self.device)
                      for x in (states, positions, slots, table))
         # Compiled layers are for single rows; other shapes would be compiled one by one.
@@ -220,6 +217,19 @@ class TorchModel:
         if back == 0 and self.device.type == "cuda":  # no copy has waited for the step
             torch.cuda.current_stream().synchronize()
         return out.numpy()
+
+    @property
+    def has_graphs(self) -> bool:
+        return bool(self._graphs)
+
+    def decode(self, rows: Sequence[np.ndarray], positions: list[int], tables: list[list[int]],
+               back: int) -> np.ndarray:
+        """run() of single rows [1, H], by a graph: what is between a step's coming and the graph's
+        start is waited for, so these are no arrays. A table may hold more pages than it needs."""
+        pages = max(positions) // PAGE + 1
+        batch = next(size for size in self._batches if size >= len(rows))
+        width = next(size for size in self._tables if size >= pages)
+        return self._graphs[batch, width].replay(rows, positions, tables)[:len(rows), :back]
 
     def forward(self, states, positions, slots, table, back: int = 1) -> torch.Tensor:
         """The same on the device, as it is captured."""
@@ -305,7 +315,7 @@ class TorchModel:
         for batch in reversed(self._batches):
             for width in reversed(self._tables):
                 graph = DecodeGraph(self, batch, width)
-                graph.capture(pool)
+                graph.capture(pool, transfers=True)
                 self._graphs[batch, width] = graph
 
     def drop_graphs(self) -> None:
@@ -330,19 +340,23 @@ class DecodeGraph:
             return [memory[begin:begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
                     for begin, (shape, dtype) in zip([0, *ends], shapes)]
 
-        self._step = [part.numpy() for part in parts(self._host)]
+        self._states, self._positions, self._slots, self._table = (
+            part.numpy() for part in parts(self._host))
         self.inputs = parts(self._device)
         self._model = model
-        self._graph = None
-        self._out = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.out = None
         self._result = torch.empty((batch, 1, model.hidden_size), pin_memory=pinned)
+        self._rows = self._result.numpy()
+        self._used = 0  # rows of the last replay
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
         return self._model.forward(*self.inputs)
 
     @torch.no_grad()
-    def capture(self, pool) -> None:
+    def capture(self, pool, transfers: bool) -> None:
+        """Without transfers, the step is what `inputs` hold and the result stays in `out`."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles, and lets libraries take their memory
@@ -352,18 +366,29 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog) may use the device meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-            self._out = self.forward()
+            if transfers:
+                self._device.copy_(self._host, non_blocking=True)
+            self.out = self.forward()
+            if transfers:
+                self._result.copy_(self.out, non_blocking=True)
 
-    def replay(self, back: int, *step: np.ndarray) -> np.ndarray:
-        """[batch, back, H] on the host; its memory is the next replay's too."""
-        rows, pages = step[-1].shape
-        for host, given in zip(self._step, step):
-            host[:rows, :given.shape[1]] = given
-            host[rows:] = 0  # rows that nobody asked for: position 0, slot 0, page 0
-        self._step[-1][:rows, pages:] = 0
-        self._device.copy_(self._host, non_blocking=True)
+    def start(self) -> None:
         self._graph.replay()
-        if back > 0:
-            self._result.copy_(self._out, non_blocking=True)
+
+    def replay(self, rows: Sequence[np.ndarray], positions: list[int],
+               tables: list[list[int]]) -> np.ndarray:
+        """[batch, 1, H] on the host; its memory is the next replay's too."""
+        for i, position in enumerate(positions):
+            page = position // PAGE
+            self._states[i] = rows[i]
+            self._positions[i, 0] = position
+            self._slots[i, 0] = tables[i][page] * PAGE + position % PAGE
+            self._table[i, :page + 1] = tables[i][:page + 1]
+            self._table[i, page + 1:] = 0
+        for i in range(len(rows), self._used):  # nobody asks for them: position, slot, page 0
+            for part in (self._states, self._positions, self._slots, self._table):
+                part[i] = 0
+        self._used = len(rows)
+        self.start()
         torch.cuda.current_stream().synchronize()
-        return self._result.numpy()[:, :back]
+        return self._rows
