@@ -39,6 +39,11 @@ def make_body(decode, device, seed):
             self.back.append(out.shape[0] * out.shape[1])
             return out
 
+        def decode(self, *step):
+            out = super().decode(*step)
+            self.back.append(out.shape[0] * out.shape[1])
+            return out
+
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
