@@ -1,9 +1,12 @@
 #include "perf/bench_suite.h"
 
 #include <algorithm>
-#include <chrono>
+#include <functional>
 #include <memory>
 #include <optional>
+#include <span>
+#include <utility>
+#include <vector>
 
 #include "engine/report.h"
 #include "engine/text.h"
@@ -11,6 +14,7 @@
 #include "net/library_versions.h"
 #include "perf/bench_cases.h"
 #include "perf/bench_prompts.h"
+#include "perf/case_recorder.h"
 #include "perf/line_sweep.h"
 #include "tools/backend_select.h"
 #include "tools/cli.h"
@@ -21,12 +25,6 @@
 namespace infemeral {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-double ms_since(Clock::time_point begin) {
-  return std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
-}
-
 // One backend, open, with what its run gathered.
 struct Subject {
   std::string kind;  // "cpu", "cuda"
@@ -34,6 +32,13 @@ struct Subject {
   double load_ms = 0;
   std::unique_ptr<ReportBuilder> requests = std::make_unique<ReportBuilder>();
   std::unique_ptr<Link> link;
+  std::vector<std::vector<std::byte>> rows;  // that its body returned
+};
+
+// A case of one backend, or of none.
+struct Timing {
+  std::string backend, name;
+  std::function<absl::StatusOr<CaseResult>(const BenchPlan&)> run;
 };
 
 class Bench {
@@ -51,23 +56,24 @@ class Bench {
     if (auto status = open(); !status.ok()) return status;
     read_speed_ = read_bytes_per_second(options_.threads, token_bytes());
     Calibrator calibrator(options_.threads);
-    for (std::size_t i = 0; i < subjects_.size(); ++i) {
-      stage_ = subjects_[i].kind;
-      if (auto status = measure(subjects_[i], calibrator); !status.ok()) return status;
+    std::vector<Timing> timings;
+    for (Subject& subject : subjects_) {
+      stage_ = subject.kind;
+      if (auto status = get_ready(subject); !status.ok()) return status;
+      add_timings(subject, calibrator, timings);
     }
-    stage_.clear();
-    const auto keep = [&](absl::StatusOr<CaseResult> result) -> absl::Status {
-      if (result.ok()) cases_.push_back(*std::move(result));
-      return result.status();
-    };
     const std::size_t hidden_size = manifest_.hidden_size;
-    if (wanted("codec")) {
-      if (auto status = keep(time_codec(hidden_size, plan_, calibrator)); !status.ok())
-        return status;
-    }
-    if (wanted("channel")) {
-      const auto status = keep(time_channel(hidden_size, plan_, calibrator));
-      if (!status.ok()) return status;
+    timings.push_back({"none", "codec", [&](const BenchPlan& plan) {
+                         return time_codec(hidden_size, plan, calibrator);
+                       }});
+    timings.push_back({"none", "channel", [&](const BenchPlan& plan) {
+                         return time_channel(hidden_size, plan, calibrator);
+                       }});
+    std::erase_if(timings, [&](const Timing& timing) { return !wanted(timing.name); });
+    if (auto status = measure(timings); !status.ok()) return status;
+    for (Subject& subject : subjects_) {
+      stage_ = subject.kind;
+      if (auto status = sweep(subject); !status.ok()) return status;
     }
     progress_.clear();
     return report();
@@ -122,7 +128,7 @@ class Bench {
 
     for (const char* kind : {"cpu", "cuda"}) {
       if (options_.backend != "auto" && options_.backend != kind) continue;
-      const auto begin = Clock::now();
+      const auto begin = BenchClock::now();
       stage_ = kind;
       BackendOptions load = backend_options(kind);
       load.progress = [this](double done, double total) { plan_.progress("load", done, total); };
@@ -183,17 +189,11 @@ class Bench {
     return absl::OkStatus();
   }
 
-  absl::Status measure(Subject& subject, Calibrator& calibrator) {
+  // Connects, and checks what it will be timed for.
+  absl::Status get_ready(Subject& subject) {
     auto link = endpoint_->connect(plan_.stop);
     if (!link.ok()) return link.status();
     subject.link = *std::move(link);
-    ClientBackend& backend = *subject.backend;
-    const auto keep = [&](absl::StatusOr<CaseResult> result) -> absl::Status {
-      if (!result.ok()) return result.status();
-      result->backend = subject.kind;
-      cases_.push_back(*std::move(result));
-      return absl::OkStatus();
-    };
 
     // The session tells what the body is, and that it belongs to this client.
     auto session = subject.link->open_session(plan_.stop);
@@ -202,31 +202,64 @@ class Bench {
     cipher_ = subject.link->cipher();
     subject.link->close_session(session->id);
 
-    std::vector<std::vector<std::byte>> rows;
-    if (generates()) {
-      plan_.progress("check", 0, 1);
-      auto recorded = record_rows(backend, *subject.link, plan_);
-      if (!recorded.ok()) return recorded.status();
-      rows = *std::move(recorded);
-      if (auto status = check(subject, rows); !status.ok()) return status;
-    }
-    absl::Status status;
-    if (wanted("ttft")) status = keep(time_ttft(backend, *subject.link, plan_, calibrator));
-    if (status.ok() && wanted("decode")) {
-      status = keep(time_decode(backend, *subject.link, plan_, calibrator, subject.requests.get()));
-    }
-    if (status.ok() && wanted("prefill")) {
-      status = keep(time_prefill(backend, *subject.link, plan_, calibrator));
-    }
-    if (status.ok() && wanted("head")) status = keep(time_head(backend, rows, plan_, calibrator));
-    if (status.ok() && wanted("load")) {
+    if (!generates()) return absl::OkStatus();
+    plan_.progress("check", 0, 1);
+    auto recorded = record_rows(*subject.backend, *subject.link, plan_);
+    if (!recorded.ok()) return recorded.status();
+    subject.rows = *std::move(recorded);
+    return check(subject, subject.rows);
+  }
+
+  void add_timings(Subject& subject, Calibrator& calibrator, std::vector<Timing>& timings) const {
+    const auto add = [&](std::string name, auto run) {
+      timings.push_back({subject.kind, std::move(name), std::move(run)});
+    };
+    add("ttft", [&](const BenchPlan& plan) {
+      return time_ttft(*subject.backend, *subject.link, plan, calibrator);
+    });
+    add("decode", [&](const BenchPlan& plan) {
+      return time_decode(*subject.backend, *subject.link, plan, calibrator, subject.requests.get());
+    });
+    add("prefill", [&](const BenchPlan& plan) {
+      return time_prefill(*subject.backend, *subject.link, plan, calibrator);
+    });
+    add("head", [&](const BenchPlan& plan) {
+      return time_head(*subject.backend, subject.rows, plan, calibrator);
+    });
+    add("load", [&](const BenchPlan& plan) {
       std::optional<std::filesystem::path> body;
       if (options_.server == "local") body = body_folder(folder_);
-      status = keep(time_load(folder_, body, backend_options(subject.kind), plan_, calibrator));
+      return time_load(folder_, body, backend_options(subject.kind), plan, calibrator);
+    });
+  }
+
+  // A run of every case, and then the next one: a machine's slower seconds fall on all of them, and
+  // a short case is measured over as long a time as a long one.
+  absl::Status measure(std::span<const Timing> timings) {
+    BenchPlan plan = plan_;
+    plan.runs = 1;
+    const auto steps = static_cast<double>(timings.size()) * plan_.runs;
+    plan.progress = {};
+    cases_.resize(timings.size());
+    for (int run = 0; run < plan_.runs; ++run) {
+      plan.warmups = run == 0 ? plan_.warmups : 0;
+      for (std::size_t i = 0; i < timings.size(); ++i) {
+        stage_.clear();
+        plan_.progress(timings[i].name,
+                       run * static_cast<double>(timings.size()) + static_cast<double>(i), steps);
+        auto result = timings[i].run(plan);
+        if (!result.ok()) return result.status();
+        result->backend = timings[i].backend;
+        append_run(cases_[i], *std::move(result));
+      }
     }
-    if (!status.ok() || sweep_.rtt_ms.empty()) return status;
+    return absl::OkStatus();
+  }
+
+  absl::Status sweep(Subject& subject) {
+    if (sweep_.rtt_ms.empty()) return absl::OkStatus();
     auto points = time_sweep(
-        backend,
+        *subject.backend,
         {.direct = subject.link.get(),
          .server_port = endpoint_->local_port(),
          .connect = [&](int port) { return endpoint_->connect_through(port, plan_.stop); }},

@@ -26,6 +26,29 @@ CaseResult finished(CaseResult result) {
   return result;
 }
 
+void append(std::vector<double>& to, std::span<const double> from) {
+  to.insert(to.end(), from.begin(), from.end());
+}
+
+void append_run(CaseResult& all, CaseResult run) {
+  const std::size_t before = all.samples_ms.size();
+  if (before == 0) {
+    all = std::move(run);
+    return;
+  }
+  append(all.samples_ms, run.samples_ms);
+  append(all.calibration_ms, run.calibration_ms);
+  for (const CaseResult::Phase& phase : run.phases) {
+    auto same = std::find_if(all.phases.begin(), all.phases.end(),
+                             [&](const CaseResult::Phase& p) { return p.name == phase.name; });
+    if (same == all.phases.end()) {
+      same = all.phases.insert(same, {phase.name, std::vector<double>(before)});
+    }
+    append(same->ms, phase.ms);
+  }
+  for (CaseResult::Phase& phase : all.phases) phase.ms.resize(all.samples_ms.size());
+}
+
 absl::Status repeat(const BenchPlan& plan, std::string_view stage,
                     const std::function<absl::Status(bool measured)>& body) {
   const int total = plan.warmups + plan.runs;

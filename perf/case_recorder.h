@@ -4,8 +4,10 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "engine/metrics.h"
@@ -24,8 +26,12 @@ inline double ms_since(BenchClock::time_point begin) {
 // A case with a place for every phase of a token.
 CaseResult new_case(std::string name, std::string item, std::uint64_t items, CalibrationLoop loop);
 void add_sample(CaseResult& result, double ms, const PhaseTimes& times);
+void append(std::vector<double>& to, std::span<const double> from);
 // Without the phases that no sample spent time in.
 CaseResult finished(CaseResult result);
+// The same case's samples behind those that there are; `all` may be empty. A phase that one of them
+// spent no time in is 0 there.
+void append_run(CaseResult& all, CaseResult run);
 
 // Calls body(measured) for the plan's warm-ups and then its runs; Cancelled when it is to stop.
 absl::Status repeat(const BenchPlan& plan, std::string_view stage,

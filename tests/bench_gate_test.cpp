@@ -1,10 +1,12 @@
 // engine_bench without a model: the gate over planted slowdowns, a sweep's axes, exports of damaged
 // reports. What other programs make of the exports is tests/reports/.
 #include <catch2/catch.hpp>
+#include <map>
 #include <string>
 #include <vector>
 
 #include "perf/bench_export.h"
+#include "perf/case_recorder.h"
 #include "tests/bench_fixture.h"
 
 namespace infemeral {
@@ -153,6 +155,27 @@ TEST_CASE("the gate refuses to compare what cannot be compared") {
       gate(report_of({flat_case("decode", kPlain), flat_case("head", kPlain)}), good);
   CHECK(extra.regressions.empty());
   CHECK(extra.table.find("head/cpu") != std::string::npos);
+}
+
+TEST_CASE("runs of a case become one case, also where their phases differ") {
+  CaseResult all;
+  append_run(all, flat_case("decode", {{"body", 8}, {"decode", 1}}, 2));
+  append_run(all, flat_case("decode", {{"encode", 3}, {"body", 4}}, 5));
+  append_run(all, flat_case("decode", {{"body", 6}}, 7));
+  CHECK(all.name == "decode");
+  REQUIRE(all.samples_ms.size() == 15);
+  CHECK(std::vector{all.samples_ms[4], all.samples_ms[5], all.samples_ms[14]} ==
+        std::vector<double>{9, 7, 6});
+  REQUIRE(all.calibration_ms.size() == 15);
+  CHECK(all.calibration_ms[4] == 2);
+  CHECK(all.calibration_ms[14] == 7);
+  std::map<std::string, std::vector<double>> phases;
+  for (const auto& phase : all.phases) {
+    REQUIRE(phase.ms.size() == 15);
+    phases[phase.name] = {phase.ms[0], phase.ms[9], phase.ms[10]};
+  }
+  CHECK(phases == std::map<std::string, std::vector<double>>{
+                      {"body", {8, 4, 6}}, {"decode", {1, 0, 0}}, {"encode", {0, 3, 0}}});
 }
 
 TEST_CASE("a sweep's axes are read strictly") {
