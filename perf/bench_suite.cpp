@@ -244,7 +244,7 @@ class Bench {
     for (int run = 0; run < plan_.runs; ++run) {
       plan.warmups = run == 0 ? plan_.warmups : 0;
       for (std::size_t i = 0; i < timings.size(); ++i) {
-        stage_.clear();
+        stage_ = timings[i].backend == "none" ? "" : timings[i].backend;
         plan_.progress(timings[i].name,
                        run * static_cast<double>(timings.size()) + static_cast<double>(i), steps);
         auto result = timings[i].run(plan);
