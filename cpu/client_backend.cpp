@@ -127,9 +127,9 @@ class CpuClientBackend final : public ClientBackend {
 
   absl::Status ensure_cloak() {
     if (cloak_) return absl::OkStatus();
-    absl::StatusOr<Cloak> cloak = folder_.load_cloak();
+    const absl::StatusOr<Cloak> cloak = folder_.load_cloak();
     if (!cloak.ok()) return cloak.status();
-    cloak_.emplace(*std::move(cloak));
+    cloak_.emplace(*cloak);
     return absl::OkStatus();
   }
 

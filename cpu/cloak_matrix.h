@@ -1,11 +1,9 @@
 // The cloak's matrix as the CPU multiplies with it.
 #pragma once
 
-#include <sodium.h>
-
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
-#include <utility>
-#include <vector>
 
 #include "cpu/huge_pages.h"
 #include "cpu/linear.h"
@@ -17,43 +15,42 @@ namespace infemeral {
 // y * Q^T are one kernel and both read memory in order. Wiped when destroyed.
 class CloakMatrix {
  public:
-  explicit CloakMatrix(Cloak cloak)
-      : cloak_(std::move(cloak)), transposed_(cloak_.values().size()) {
+  explicit CloakMatrix(const Cloak& cloak)
+      : hidden_size_(cloak.hidden_size()), values_(2 * cloak.values().size()) {
+    const std::size_t h = hidden_size_;
+    const std::uint16_t* q = cloak.values().data();
+    std::uint16_t* transposed = std::copy_n(q, h * h, values_.data());
     // In squares that fit the first-level cache, on both sides.
     constexpr std::size_t kBlock = 64;
-    const std::size_t h = cloak_.hidden_size();
-    const std::uint16_t* q = cloak_.values().data();
     for (std::size_t i0 = 0; i0 < h; i0 += kBlock) {
       for (std::size_t j0 = 0; j0 < h; j0 += kBlock) {
         for (std::size_t j = j0; j < h && j < j0 + kBlock; ++j) {
           for (std::size_t i = i0; i < h && i < i0 + kBlock; ++i) {
-            transposed_[j * h + i] = q[i * h + j];
+            transposed[j * h + i] = q[i * h + j];
           }
         }
       }
     }
-    // Half as long again from pages of 4 KB.
-    move_to_huge_pages(cloak_.values().data(), cloak_.values().size_bytes());
-    move_to_huge_pages(transposed_.data(), transposed_.size() * sizeof(std::uint16_t));
   }
-  ~CloakMatrix() { sodium_memzero(transposed_.data(), transposed_.size() * sizeof(std::uint16_t)); }
+  ~CloakMatrix() { values_.wipe(); }
   CloakMatrix(const CloakMatrix&) = delete;
   CloakMatrix& operator=(const CloakMatrix&) = delete;
 
-  Matrix rows() const { return view(cloak_.values().data()); }    // y * rows^T = y * Q^T
-  Matrix transposed() const { return view(transposed_.data()); }  // x * transposed^T = x * Q
-  std::size_t bytes() const { return 2 * transposed_.size() * sizeof(std::uint16_t); }
+  Matrix rows() const { return view(values_.data()); }  // y * rows^T = y * Q^T
+  // x * transposed^T = x * Q
+  Matrix transposed() const { return view(values_.data() + hidden_size_ * hidden_size_); }
+  std::size_t bytes() const { return values_.bytes(); }
 
  private:
   Matrix view(const std::uint16_t* data) const {
     return {.format = simd::Format::kF16,
             .data = reinterpret_cast<const std::byte*>(data),
-            .rows = cloak_.hidden_size(),
-            .cols = cloak_.hidden_size()};
+            .rows = hidden_size_,
+            .cols = hidden_size_};
   }
 
-  Cloak cloak_;
-  std::vector<std::uint16_t> transposed_;
+  std::size_t hidden_size_;
+  HugeArray<std::uint16_t> values_;  // Q, then Q^T
 };
 
 }  // namespace infemeral

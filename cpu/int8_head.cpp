@@ -1,16 +1,9 @@
 #include "cpu/int8_head.h"
 
-#include <sodium.h>
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <cstdlib>
 #include <limits>
-#include <new>
-
-#include "cpu/huge_pages.h"
 
 namespace infemeral {
 namespace {
@@ -20,26 +13,18 @@ constexpr std::size_t kBlockRows = CertifiedSampler::kBlock;
 
 }  // namespace
 
-Int8Head::Values Int8Head::allocate(std::size_t bytes) {
-  const std::size_t whole_pages = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  void* values = std::aligned_alloc(kHugePage, whole_pages);
-  if (values == nullptr) throw std::bad_alloc();
-  madvise(values, whole_pages, MADV_HUGEPAGE);  // without it: slower, nothing else
-  return Values(static_cast<std::int8_t*>(values));
-}
-
 Int8Head::Int8Head(const Matrix& lm_head, const simd::Kernels& kernels, ThreadPool& pool,
                    const std::function<void(double done, double total)>& progress)
     : kernels_(kernels),
       pool_(pool),
       rows_(lm_head.rows),
       cols_(lm_head.cols),
-      values_(allocate(rows_ * cols_)),
+      values_(rows_ * cols_),
       row_bounds_(rows_) {
   std::atomic<std::size_t> done = 0;
   pool_.for_ranges(rows_, linear_grain(1, cols_), 1, [&](const Range& range) {
     for (std::size_t row = range.begin; row < range.end; ++row) {
-      row_bounds_[row] = round_row(lm_head.row(row).data, values_.get() + row * cols_);
+      row_bounds_[row] = round_row(lm_head.row(row).data, values_.data() + row * cols_);
     }
     done += range.end - range.begin;
     if (progress && range.worker == 0) {
@@ -47,10 +32,6 @@ Int8Head::Int8Head(const Matrix& lm_head, const simd::Kernels& kernels, ThreadPo
     }
   });
   for (const RowBound& row : row_bounds_) largest_norm_ = std::max(largest_norm_, row.norm);
-}
-
-void Int8Head::wipe() {
-  sodium_memzero(values_.get(), rows_ * cols_);
 }
 
 // engine/certified_head.h's quantise_row, with the same q and scale, in vectors.
@@ -99,7 +80,7 @@ void Int8Head::product(const Use& use) {
     std::vector<std::int64_t> dots(m * kBlockRows);
     for (std::size_t begin = range.begin; begin < range.end; begin += kBlockRows) {
       const std::size_t n = std::min(kBlockRows, range.end - begin);
-      kernels_.dot_i8({.w = values_.get() + begin * cols_,
+      kernels_.dot_i8({.w = values_.data() + begin * cols_,
                        .ldw = cols_,
                        .states = whole_.data(),
                        .out = dots.data(),

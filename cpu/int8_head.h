@@ -3,15 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <functional>
-#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
 #include "cpu/aligned.h"
+#include "cpu/huge_pages.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/kernels.h"
@@ -28,7 +27,7 @@ class Int8Head {
            const std::function<void(double done, double total)>& progress = {});
 
   // Overwrites the copy, for rows that are secret. Nothing else may be called afterwards.
-  void wipe();
+  void wipe() { values_.wipe(); }
 
   std::size_t bytes() const { return rows_ * (cols_ + sizeof(RowBound)); }
 
@@ -48,11 +47,6 @@ class Int8Head {
   void approximate(const Rows& logits);
 
  private:
-  struct Free {
-    void operator()(std::int8_t* values) const { std::free(values); }
-  };
-  using Values = std::unique_ptr<std::int8_t[], Free>;
-  static Values allocate(std::size_t bytes);
   RowBound round_row(const std::byte* row, std::int8_t* q) const;
 
   // Calls use(state, worker, first_row, dots) for every covered state and block of rows, from
@@ -63,7 +57,7 @@ class Int8Head {
   const simd::Kernels& kernels_;
   ThreadPool& pool_;
   const std::size_t rows_, cols_;                  // V, H
-  Values values_;                                  // V x H
+  HugeArray<std::int8_t> values_;                  // V x H
   std::vector<RowBound> row_bounds_;               // V
   float largest_norm_ = 0;                         // of a row
   AlignedVector<std::int16_t> states_;             // m x H

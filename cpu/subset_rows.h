@@ -2,14 +2,12 @@
 // that of the whole matrix.
 #pragma once
 
-#include <sodium.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/linear.h"
 
 namespace infemeral {
@@ -29,13 +27,13 @@ class SubsetRows {
   SubsetRows& operator=(const SubsetRows&) = delete;
 
   // Overwrites the copy, for rows that are secret.
-  void wipe() { sodium_memzero(values_.data(), values_.size()); }
+  void wipe() { values_.wipe(); }
 
   const Matrix& matrix() const { return matrix_; }
-  std::size_t bytes() const { return values_.size(); }
+  std::size_t bytes() const { return values_.bytes(); }
 
  private:
-  std::vector<std::byte> values_;
+  HugeArray<std::byte> values_;
   const Matrix matrix_;
 };
 

@@ -16,10 +16,12 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/linear.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/dispatch.h"
 #include "engine/float16.h"
+#include "tests/page_advice.h"
 #include "tests/test_random.h"
 
 namespace infemeral {
@@ -395,6 +397,20 @@ TEST_CASE("linear: several products in one loop, with biases, whatever the numbe
     }
     CHECK(same_bits(results[0].data(), results[1].data(), results[0].size()));
     CHECK(same_bits(results[0].data(), results[2].data(), results[0].size()));
+  }
+}
+
+TEST_CASE("an array lies on huge pages where it fills one, and can be wiped") {
+  for (const std::size_t bytes : {std::size_t{1000}, std::size_t{5} << 19}) {
+    HugeArray<std::uint16_t> array(bytes / 2);
+    CHECK(array.bytes() == bytes);
+    CHECK(reinterpret_cast<std::uintptr_t>(array.data()) % 64 == 0);
+    std::uint16_t* const last = array.data() + bytes / 2 - 1;
+    std::fill(array.data(), last + 1, std::uint16_t{0xbeef});
+    const bool whole_pages = bytes >= 2u << 20;
+    CHECK(asked_for_huge_pages(last) == (whole_pages && has_huge_pages()));
+    array.wipe();
+    CHECK(std::count(array.data(), last + 1, 0) == static_cast<std::ptrdiff_t>(bytes / 2));
   }
 }
 
