@@ -8,6 +8,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 
 #include "engine/certified_head.h"
 
@@ -25,23 +26,24 @@ void raise(std::atomic<Float>& shared, Float value) {
 }
 
 // A histogram of scores near the largest, in bins of 1/8 on one grid for all workers.
-constexpr std::int64_t kBinsPerNat = 8;
-constexpr std::size_t kBins = 256;  // 32 nats: exp(-28) is no unit of probability_mass
+constexpr std::int32_t kBinsPerNat = 8;
+constexpr std::int32_t kBins = 256;  // 32 nats: exp(-28) is no unit of probability_mass
 
-std::int64_t bin_key(float score) {
-  constexpr float kFar = 0x1p40f;  // beyond it all scores share a bin, which is valid
-  const float scaled = std::clamp(score, -kFar, kFar) * static_cast<float>(kBinsPerNat);
-  const auto whole = static_cast<std::int64_t>(scaled);
+// Its bin's place on the grid. Free of branches, so that the compiler takes several at once.
+inline std::int32_t bin_key(float score) {
+  constexpr float kFar = 0x1p26f;  // beyond it all scores share a bin, which is valid
+  const float near = score < kFar ? score : kFar;
+  const float scaled = (near > -kFar ? near : -kFar) * static_cast<float>(kBinsPerNat);
+  const auto whole = static_cast<std::int32_t>(scaled);
   return whole - (scaled < static_cast<float>(whole) ? 1 : 0);
 }
 
 struct Bin {
-  std::uint32_t upper_ends = 0, lower_ends = 0;
-  float ceiling = -kInfinity;  // the largest upper end
+  std::uint32_t count = 0;
+  float ceiling = -kInfinity;  // the largest score
 
   void add(const Bin& other) {
-    upper_ends += other.upper_ends;
-    lower_ends += other.lower_ends;
+    count += other.count;
     ceiling = std::max(ceiling, other.ceiling);
   }
 };
@@ -50,45 +52,42 @@ class Histogram {
  public:
   void clear() { *this = Histogram(); }
 
-  // Call for upper before the lower end of the same interval.
-  void add_upper(float score) {
-    const std::int64_t key = bin_key(score);
-    if (key > top_) advance(key);
-    Bin& bin = at(key);
-    ++bin.upper_ends;
-    bin.ceiling = std::max(bin.ceiling, score);
+  // At most CertifiedSampler::kBlock scores, none above `largest`.
+  void add(std::span<const float> scores, float largest) {
+    if (bin_key(largest) > top_) advance(bin_key(largest));
+    std::array<std::int32_t, CertifiedSampler::kBlock> keys;
+    for (std::size_t i = 0; i < scores.size(); ++i) keys[i] = bin_key(scores[i]);
+    for (std::size_t i = 0; i < scores.size(); ++i) {
+      Bin& bin = keys[i] > top_ - kBins ? ring_[slot(keys[i])] : deep_;
+      ++bin.count;
+      bin.ceiling = std::max(bin.ceiling, scores[i]);
+    }
   }
-  void add_lower(float score) { ++at(bin_key(score)).lower_ends; }
 
-  std::int64_t top() const { return top_; }  // the largest key
+  std::int32_t top() const { return top_; }  // the largest key
 
   // The bins by their depth below `top`, which is not below this one's; the last takes the rest.
-  void add_to(std::array<Bin, kBins + 1>& bins, std::int64_t top) const {
-    for (std::int64_t key = top_; key > top_ - static_cast<std::int64_t>(kBins); --key) {
-      bins[static_cast<std::size_t>(std::min<std::int64_t>(top - key, kBins))].add(
-          ring_[slot(key)]);
-      if (key == kNone) break;
+  void add_to(std::array<Bin, kBins + 1>& bins, std::int32_t top) const {
+    if (top_ == kNone) return;
+    for (std::int32_t key = top_; key > top_ - kBins; --key) {
+      bins[static_cast<std::size_t>(std::min(top - key, kBins))].add(ring_[slot(key)]);
     }
     bins[kBins].add(deep_);
   }
 
  private:
-  static constexpr std::int64_t kNone = std::numeric_limits<std::int64_t>::min() / 2;
+  static constexpr std::int32_t kNone = -(1 << 30);  // below every key
 
-  static std::size_t slot(std::int64_t key) { return static_cast<std::uint64_t>(key) % kBins; }
-  Bin& at(std::int64_t key) {
-    return key > top_ - static_cast<std::int64_t>(kBins) ? ring_[slot(key)] : deep_;
-  }
-  void advance(std::int64_t key) {
-    const std::int64_t oldest = key - static_cast<std::int64_t>(kBins) + 1;
-    for (std::int64_t k = std::max(top_ + 1, oldest); k <= key; ++k) {
+  static std::size_t slot(std::int32_t key) { return static_cast<std::uint32_t>(key) % kBins; }
+  void advance(std::int32_t key) {
+    for (std::int32_t k = std::max(top_, key - kBins) + 1; k <= key; ++k) {
       deep_.add(ring_[slot(k)]);
       ring_[slot(k)] = {};
     }
     top_ = key;
   }
 
-  std::int64_t top_ = kNone;
+  std::int32_t top_ = kNone;
   std::array<Bin, kBins> ring_;  // the keys (top_ - kBins, top_]
   Bin deep_;                     // all below
 };
@@ -267,12 +266,10 @@ void CertifiedSampler::State::observe_nucleus(Worker& worker, std::size_t first,
                                               std::span<const float> lower,
                                               std::span<const float> upper) {
   raise(top, largest_of(lower));
-  block_ceiling[first / kBlock] = largest_of(upper);
+  const float ceiling = largest_of(upper);
+  block_ceiling[first / kBlock] = ceiling;
   std::copy(upper.begin(), upper.end(), upper_of.begin() + static_cast<std::ptrdiff_t>(first));
-  for (std::size_t i = 0; i < upper.size(); ++i) {
-    worker.histogram.add_upper(upper[i]);
-    worker.histogram.add_lower(lower[i]);
-  }
+  worker.histogram.add(upper, ceiling);
 }
 
 // The full head's scores for the candidates from index `first` on; false when they are too many.
@@ -301,31 +298,31 @@ float CertifiedSampler::State::kth_largest() {
 // is bounded from above, bin by bin. The band grows until that mass does not matter to the cut.
 std::optional<std::int32_t> CertifiedSampler::State::finish_nucleus(const Rescore& rescore,
                                                                     HeadCounters& counters) {
-  std::int64_t top_key = workers.front().histogram.top();
+  std::int32_t top_key = workers.front().histogram.top();
   for (const Worker& worker : workers) top_key = std::max(top_key, worker.histogram.top());
-  std::array<Bin, kBins + 1> bins;  // by the depth below top_key
+  std::array<Bin, kBins + 1> bins;  // of the upper ends, by the depth below top_key
   for (const Worker& worker : workers) worker.histogram.add_to(bins, top_key);
   const auto depth_of = [&](float score) {
-    return static_cast<std::size_t>(std::min<std::int64_t>(top_key - bin_key(score), kBins));
+    return static_cast<std::size_t>(std::min(top_key - bin_key(score), kBins));
   };
-  // Masses in units of exp(top). By the lower ends: about the least that all probabilities sum to.
+  // Masses in units of exp(top), at most.
   const double likeliest = top;
-  const double bin_top = static_cast<double>(top_key) / kBinsPerNat;
-  double total = 0;
-  for (std::size_t b = 0; b < kBins; ++b) {
-    total +=
-        bins[b].lower_ends * std::exp(bin_top - static_cast<double>(b) / kBinsPerNat - likeliest);
+  std::array<double, kBins + 1> masses;
+  for (std::size_t b = 0; b < bins.size(); ++b) {
+    masses[b] = bins[b].count == 0 ? 0 : bins[b].count * std::exp(bins[b].ceiling - likeliest);
   }
+  const double total = std::accumulate(masses.begin(), masses.end(), 0.0);
 
   candidates.clear();
   std::size_t edge = 0;  // bins below it are the band
-  for (double share : {0x1p-6, 0x1p-9, 0x1p-13}) {
+  // Most cuts are clear with 1/256 of the mass unknown. A wider band costs rows, which even in
+  // hundreds are cheap beside a pass of the full head.
+  for (double share : {0x1p-8, 0x1p-11, 0x1p-14, 0x1p-18}) {
     std::size_t wider = bins.size();
     double mass = 0;
     const std::size_t least = depth_of(static_cast<float>(likeliest)) + 1;
     while (wider > least) {
-      const Bin& bin = bins[wider - 1];
-      mass += bin.upper_ends * std::exp(bin.ceiling - likeliest);
+      mass += masses[wider - 1];
       if (mass > share * total) break;
       --wider;
     }
@@ -347,10 +344,10 @@ std::optional<std::int32_t> CertifiedSampler::State::finish_nucleus(const Rescor
     for (const Candidate& c : candidates) max = std::max(max, c.score);
     Rest rest;
     for (std::size_t b = edge; b < bins.size(); ++b) {
-      if (bins[b].upper_ends == 0) continue;
+      if (bins[b].count == 0) continue;
       rest.ceiling = std::max(rest.ceiling, bins[b].ceiling);
       // One unit a token: the library's exp is not known to be monotone to the last bit.
-      rest.mass += bins[b].upper_ends * (probability_mass(bins[b].ceiling, max) + 1);
+      rest.mass += bins[b].count * (probability_mass(bins[b].ceiling, max) + 1);
     }
     if (const auto token = choose(candidates, request, rest)) return token;
   }
