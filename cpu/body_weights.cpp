@@ -33,6 +33,7 @@ class Reader {
         return weights;
       }
       weights.tensor = *std::move(tensor);
+      tensors_.expect_streaming(weights.tensor);
       const auto matrix = matrix_of(weights.tensor, name + ".weight");
       matrix.ok() ? void(weights.weight = *matrix) : void(status_ = matrix.status());
     }

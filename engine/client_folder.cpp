@@ -174,6 +174,7 @@ absl::StatusOr<ClientFolder> ClientFolder::open(const std::filesystem::path& fol
           ? embed
           : get("lm_head.weight", Dtype::kF16, {manifest->vocab_size, manifest->hidden_size});
   if (!lm_head.ok()) return lm_head.status();
+  weights->expect_streaming(*lm_head);
   TensorView final_norm;
   if (!folded) {
     const auto gain = get("final_norm.weight", Dtype::kF32, {manifest->hidden_size});

@@ -278,12 +278,15 @@ class Safetensors::Mapping {
 
   std::span<const std::byte> bytes() const { return {address_, size_}; }
 
-  void release(std::span<const std::byte> part) const {
+  // True if the part is of this file. What the advice is for, and only that, is lost when the
+  // system cannot take it.
+  bool advise(std::span<const std::byte> part, int advice) const {
+    if (part.data() < address_ || part.data() >= address_ + size_) return false;
     const auto offset = static_cast<std::size_t>(part.data() - address_);
     const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
     const std::size_t begin = offset / page * page;
-    // A read-only mapping of a file: whatever is dropped comes back when it is touched.
-    ::madvise(address_ + begin, offset + part.size() - begin, MADV_DONTNEED);
+    ::madvise(address_ + begin, offset + part.size() - begin, advice);
+    return true;
   }
 
  private:
@@ -473,13 +476,19 @@ absl::StatusOr<TensorView> Safetensors::get(std::string_view name,
   return *view;
 }
 
-void Safetensors::release_pages(const TensorView& tensor) const {
+void Safetensors::advise(const TensorView& tensor, int advice) const {
   for (const auto& mapping : mappings_) {
-    const std::span<const std::byte> bytes = mapping->bytes();
-    if (tensor.data.data() >= bytes.data() && tensor.data.data() < bytes.data() + bytes.size()) {
-      mapping->release(tensor.data);
-    }
+    if (mapping->advise(tensor.data, advice)) return;
   }
+}
+
+void Safetensors::release_pages(const TensorView& tensor) const {
+  // A read-only mapping of a file: whatever is dropped comes back when it is touched.
+  advise(tensor, MADV_DONTNEED);
+}
+
+void Safetensors::expect_streaming(const TensorView& tensor) const {
+  advise(tensor, MADV_HUGEPAGE);
 }
 
 absl::StatusOr<std::unique_ptr<SafetensorsWriter>> SafetensorsWriter::create(

@@ -14,11 +14,13 @@
 #include <string>
 #include <vector>
 
+#include "cpu/body_weights.h"
 #include "cpu/rope.h"
 #include "cpu/simd/dispatch.h"
 #include "engine/model_config.h"
 #include "engine/safetensors.h"
 #include "engine/text.h"
+#include "tests/page_advice.h"
 #include "tests/test_random.h"
 #include "tests/tiny_model.h"
 
@@ -463,6 +465,18 @@ TEST_CASE("the cache grows in pages and counts its bytes") {
     CHECK(session->kv_bytes() == 256 * per_token);
     step(*body, *session, 256, std::span(states).first(o.hidden), Wanted::kNone);
     CHECK(session->kv_bytes() == 512 * per_token);
+  }
+}
+
+TEST_CASE("weights are read in huge pages where the system has them") {
+  const Model model(fresh({}));
+  const auto weights = BodyWeights::load(model.path);
+  REQUIRE(weights.ok());
+  for (const LayerWeights& layer : weights->layers) {
+    for (const LinearWeights* w :
+         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+      CHECK(asked_for_huge_pages(w->weight.data) == has_huge_pages());
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include <functional>
 #include <nlohmann/json.hpp>
 
+#include "tests/page_advice.h"
 #include "tests/tiny_model.h"
 
 namespace infemeral {
@@ -84,6 +85,7 @@ TEST_CASE("a client folder opens as it was written") {
       CHECK(folder->manifest.model_fingerprint == manifest.model_fingerprint);
       CHECK((folder->lm_head.data.data() == folder->embed_tokens.data.data()) == tied);
       CHECK(folder->final_norm.elements() == kHidden);
+      CHECK(asked_for_huge_pages(folder->lm_head.data.data()) == has_huge_pages());
       const auto cloak = folder->load_cloak();
       REQUIRE(cloak.ok());
       const auto made = Cloak::generate(folder->seed, kHidden);

@@ -12,6 +12,7 @@
 #include "engine/float16.h"
 #include "engine/json_file.h"
 #include "engine/text.h"
+#include "tests/page_advice.h"
 #include "tests/test_random.h"
 #include "tests/tiny_model.h"
 
@@ -89,6 +90,15 @@ TEST_CASE("what the writer wrote, the reader reads, in every dtype and piece siz
                                       moved.find("b.f16")->data.end());
   moved.release_pages(*moved.find("b.f16"));
   CHECK(std::equal(before.begin(), before.end(), moved.find("b.f16")->data.begin()));
+
+  if (has_huge_pages()) {
+    const TensorView& streamed = *moved.find("b.f16");
+    CHECK_FALSE(asked_for_huge_pages(streamed.data.data()));
+    moved.expect_streaming(streamed);
+    CHECK(asked_for_huge_pages(streamed.data.data()));
+    CHECK(asked_for_huge_pages(streamed.data.data() + streamed.data.size() - 1));
+    CHECK(std::equal(before.begin(), before.end(), streamed.data.begin()));
+  }
 }
 
 TEST_CASE("elements are converted as their formats say") {
