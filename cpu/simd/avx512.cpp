@@ -9,7 +9,7 @@ namespace {
 using Vec = __m512;
 constexpr size_t kLanes = 16;
 constexpr size_t kTileRows = 6;  // 24 accumulators, 6 rows of A, 1 of W: 31 of 32 registers
-constexpr size_t kStreamBytes = size_t{1} << 20;
+constexpr size_t kStreamBytes = size_t{1} << 16;
 
 struct F16 {
   uint16_t bits;

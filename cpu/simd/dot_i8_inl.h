@@ -56,10 +56,10 @@ INFEMERAL_INLINE void dot_tile(const Int8Product& p, const int8_t* const (&w)[N]
 }
 
 // One state: W streams from memory, row after row in one line, which is the order that the hardware
-// likes best; fetched this far ahead, into the second-level cache, it is there after a pause of the
-// caller's too.
+// likes best; fetched this far ahead, every cache line once, into the second-level cache, it is
+// there after a pause of the caller's too.
 void dot_stream(const Int8Product& p) {
-  constexpr size_t kAhead = 16384;
+  constexpr size_t kAhead = 16384, kLine = kDotStep < 64 ? 64 : kDotStep;
   const WholeState& y = p.states[0];
   for (size_t r = 0; r < p.n; ++r) {
     const int8_t* w = p.w + r * p.ldw;
@@ -67,11 +67,15 @@ void dot_stream(const Int8Product& p) {
     for (size_t begin = 0; begin < p.k; begin += kDotBlock) {
       const size_t end = p.k - begin < kDotBlock ? p.k : begin + kDotBlock;
       Sum sum = no_sum();
-      size_t i = begin;
-      for (; i + kDotStep <= end; i += kDotStep) {
-        __builtin_prefetch(w + i + kAhead, 0, 2);
+      const auto add_step = [&](size_t i) {
         sum = add_product(sum, load_weights(w + i), load_state(y, i));
+      };
+      size_t i = begin;
+      for (; i + kLine <= end; i += kLine) {
+        __builtin_prefetch(w + i + kAhead, 0, 2);
+        for (size_t step = 0; step < kLine; step += kDotStep) add_step(i + step);
       }
+      for (; i + kDotStep <= end; i += kDotStep) add_step(i);
       if (i < end) {
         sum = add_product(sum, load_weights(w + i, end - i), load_state(y, i, end - i));
       }
