@@ -59,7 +59,6 @@ absl::StatusOr<CaseResult> time_codec(std::size_t hidden_size, const BenchPlan& 
   });
   if (!status.ok()) return status;
   result = finished(std::move(result));
-  result.backend = "none";
   return result;
 }
 
@@ -108,7 +107,6 @@ absl::StatusOr<CaseResult> time_channel(std::size_t hidden_size, const BenchPlan
   });
   if (!status.ok()) return status;
   result = finished(std::move(result));
-  result.backend = "none";
   return result;
 }
 

@@ -8,11 +8,12 @@
 // --folded also measures tokens from folded tables (engine_prep --fold-cloak), beside the others.
 //
 // In every round each thing is measured once, one after the other, so that a noisy machine disturbs
-// all of them alike. stdout: one line of JSON with the minimum and the median of every time, in
-// milliseconds, and ratios. With --on-request a round begins when a line arrives on stdin, and ends
-// with a line of JSON with its times: so perf/cpu_peers.py measures its own in between. --folder
-// keeps the weights (1 GB, with --folded 3) for the next time. INFEMERAL_ISA forces an
-// instruction-set path.
+// all of them alike; and in another order, since a token finds less of its weights in the
+// last-level cache after a read of the float16 matrix than after another token. stdout: one line of
+// JSON with the minimum and the median of every time, in milliseconds, and ratios. With
+// --on-request a round begins when a line arrives on stdin, and ends with a line of JSON with its
+// times: so perf/cpu_peers.py measures its own in between. --folder keeps the weights (1 GB, with
+// --folded 3) for the next time. INFEMERAL_ISA forces an instruction-set path.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -20,6 +21,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <map>
 #include <memory>
@@ -194,37 +196,43 @@ class Bench {
       work();
       ms[name] = ms_since(begin);
     };
-    timed("read_plain", [&] { read_memory(pool_, lm_head_, 0); });
-    timed("read_ahead", [&] { read_memory(pool_, lm_head_, 4096); });
     std::vector<float> x(options_.hidden, 0.01f), scratch = logits_;
     const Linear product{.weight = &lm_head_, .out = {scratch.data(), options_.vocab}};
-    timed("f16_product", [&] {
-      linear(kernels_, pool_, {&product, 1}, {x.data(), options_.hidden}, 1);
-    });
-
     const SamplingParams nucleus{.temperature = 0.7f, .top_p = 0.9f};
     const SamplingParams top_k{.temperature = 0.7f, .top_k = 50, .top_p = 0.9f};
-    token(ms, "certified greedy", *certified_, row, {});
-    if (folded_ != nullptr) {
-      token(ms, "certified greedy, folded", *folded_, folded_rows_[rng_() % folded_rows_.size()],
-            {});
-    }
-    token(ms, "certified top-p", *certified_, row, nucleus);
-    token(ms, "certified top-k top-p", *certified_, row, top_k);
-    token(ms, "certified T 1", *certified_, row, {.temperature = 1});
-    token(ms, "full greedy", *full_, row, {});
-    token(ms, "full top-p", *full_, row, nucleus);
-
-    Sampler sampler;
-    for (const auto& [name, params] : {std::pair{"sample greedy", SamplingParams{}},
-                                       {"sample top-k top-p", top_k},
-                                       {"sample top-p", nucleus},
-                                       {"sample T 1", SamplingParams{.temperature = 1}}}) {
+    const SamplingParams gumbel{.temperature = 1};
+    const auto sample = [&](const char* name, const SamplingParams& params) {
       scratch = logits_;
       SampleRequest request{.params = params, .position = rng_() % 1000};
       request.params.seed = rng_();
-      timed(name, [&] { sampler.sample(scratch, request); });
+      timed(name, [&] { sampler_.sample(scratch, request); });
+    };
+    std::vector<std::function<void()>> things = {
+        [&] { timed("read_plain", [&] { read_memory(pool_, lm_head_, 0); }); },
+        [&] { timed("read_ahead", [&] { read_memory(pool_, lm_head_, 4096); }); },
+        [&] {
+          timed("f16_product", [&] {
+            linear(kernels_, pool_, {&product, 1}, {x.data(), options_.hidden}, 1);
+          });
+        },
+        [&] { token(ms, "certified greedy", *certified_, row, {}); },
+        [&] { token(ms, "certified top-p", *certified_, row, nucleus); },
+        [&] { token(ms, "certified top-k top-p", *certified_, row, top_k); },
+        [&] { token(ms, "certified T 1", *certified_, row, gumbel); },
+        [&] { token(ms, "full greedy", *full_, row, {}); },
+        [&] { token(ms, "full top-p", *full_, row, nucleus); },
+        [&] { sample("sample greedy", {}); },
+        [&] { sample("sample top-k top-p", top_k); },
+        [&] { sample("sample top-p", nucleus); },
+        [&] { sample("sample T 1", gumbel); }};
+    if (folded_ != nullptr) {
+      things.emplace_back([&] {
+        token(ms, "certified greedy, folded", *folded_, folded_rows_[rng_() % folded_rows_.size()],
+              {});
+      });
     }
+    std::shuffle(things.begin(), things.end(), rng_);
+    for (const auto& thing : things) thing();
     return ms;
   }
 
@@ -276,6 +284,7 @@ class Bench {
   std::unique_ptr<ClientBackend> certified_, full_, folded_;  // folded_: null without --folded
   double start_ms_ = 0;
   std::vector<float> logits_;
+  Sampler sampler_;
   std::map<std::string, HeadCounters> counted_;
 };
 
