@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "tests/test_random.h"
+#include "tools/network_wait.h"
 
 namespace infemeral {
 namespace {
@@ -128,8 +129,8 @@ class Worker {
 
 // A body, and what it has said of its worker's end.
 struct Served {
-  explicit Served(Worker& worker) {
-    worker.say(bytes_of_hello(good_hello(), "llama in a test"));
+  explicit Served(Worker& worker, const WorkerHello& hello = good_hello()) {
+    worker.say(bytes_of_hello(hello, "llama in a test"));
     auto opened = open_worker_body(
         worker.theirs, {.max_rows = kMaxRows, .on_end = [this](const absl::Status& status) {
                           end.set_value(status.code());
@@ -209,6 +210,31 @@ TEST_CASE("a worker's body: rows there and back, few ones first, and as many at 
   // The last one never ran: the worker does not know it.
   CHECK(worker.released == std::vector<std::uint64_t>{1, 2, 3, 4, 5});
   CHECK(served.end.get_future().wait_for(std::chrono::seconds(0)) == std::future_status::timeout);
+}
+
+TEST_CASE("a worker's body: the network is waited for awake while a device decodes") {
+  for (std::uint32_t spares : {0u, 1u}) {
+    CAPTURE(spares);
+    stay_awake_until({});
+    Worker worker;
+    WorkerHello hello = good_hello();
+    hello.spares_processors = spares;
+    Served served(worker, hello);
+    std::thread thread([&] { worker.obey(); });
+    const auto run = [&](std::uint32_t rows) {
+      Step step(*served.body, rows, Wanted::kLast);
+      served.body->run({&step.step, 1});
+      CHECK(step.step.status.ok());
+    };
+    run(2);  // no session that decodes
+    CHECK(awake_until() == std::chrono::steady_clock::time_point());
+    const auto before = std::chrono::steady_clock::now();
+    run(1);
+    CHECK((awake_until() > before) == (spares == 1));
+    served.body.reset();
+    thread.join();
+  }
+  stay_awake_until({});
 }
 
 TEST_CASE("a worker's body: steps that are refused") {

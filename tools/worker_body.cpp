@@ -21,6 +21,7 @@
 #include "engine/json_file.h"
 #include "engine/text.h"
 #include "net/frames.h"
+#include "tools/network_wait.h"
 
 namespace infemeral {
 namespace {
@@ -29,6 +30,9 @@ namespace {
 constexpr int kHelloTimeoutMs = 10000;
 // Of longer runs nobody notices 100 us.
 constexpr std::chrono::milliseconds kAwaitedRun{50};
+// What a token takes the client and a fast network, at most; a session that is away for longer is
+// not waited for.
+constexpr std::chrono::milliseconds kAwaitedPause{2};
 
 using Clock = std::chrono::steady_clock;
 
@@ -149,7 +153,12 @@ bool send_setup(int socket, WorkerSetup setup, int descriptor) {
   return send(socket, header);
 }
 
-absl::StatusOr<BodyInfo> read_hello(int socket) {
+struct Greeting {
+  BodyInfo info;
+  bool spares_processors;
+};
+
+absl::StatusOr<Greeting> read_hello(int socket) {
   pollfd readable{socket, POLLIN, 0};
   if (::poll(&readable, 1, kHelloTimeoutMs) == 0) {
     return absl::UnavailableError("no worker says hello; serve_torch --front starts one");
@@ -170,19 +179,21 @@ absl::StatusOr<BodyInfo> read_hello(int socket) {
     return damaged(
         cat("a hidden size of ", hello.hidden_size, " and a context of ", hello.max_context));
   }
-  return BodyInfo{.description = std::string(buffer.data() + sizeof hello, size - sizeof hello),
-                  .hidden_size = hello.hidden_size,
-                  .max_context = hello.max_context,
-                  .kv_bytes_per_token = hello.kv_bytes_per_token,
-                  .model_fingerprint = hello.model_fingerprint,
-                  .cloak_commitment = hello.cloak_commitment};
+  return Greeting{{.description = std::string(buffer.data() + sizeof hello, size - sizeof hello),
+                   .hidden_size = hello.hidden_size,
+                   .max_context = hello.max_context,
+                   .kv_bytes_per_token = hello.kv_bytes_per_token,
+                   .model_fingerprint = hello.model_fingerprint,
+                   .cloak_commitment = hello.cloak_commitment},
+                  hello.spares_processors == 1};
 }
 
 class WorkerBody final : public Body {
  public:
-  WorkerBody(Descriptor socket, std::unique_ptr<Area> area, BodyInfo info, WorkerOptions options)
+  WorkerBody(Descriptor socket, std::unique_ptr<Area> area, Greeting worker, WorkerOptions options)
       : socket_(std::move(socket)),
-        info_(std::move(info)),
+        info_(std::move(worker.info)),
+        spares_processors_(worker.spares_processors),
         options_(std::move(options)),
         layout_(options_.max_rows, info_.hidden_size),
         area_(std::move(area)),
@@ -218,6 +229,7 @@ class WorkerBody final : public Body {
 
   const Descriptor socket_;
   const BodyInfo info_;
+  const bool spares_processors_;
   const WorkerOptions options_;
   const WorkerLayout layout_;
   const std::unique_ptr<Area> area_;
@@ -319,11 +331,13 @@ absl::Status WorkerBody::exchange(std::uint32_t count, bool decodes) {
   const WorkerMessage question{WorkerMessage::kRun, count, ++runs_};
   const Clock::time_point begin = Clock::now();
   if (ended_ || !send(socket_.get(), question)) return end(ended());
+  const bool awaited = decodes && decode_run_ < kAwaitedRun;
+  // From now until the step after this one should have come.
+  if (awaited && spares_processors_) stay_awake_until(begin + decode_run_ * 9 / 8 + kAwaitedPause);
   WorkerMessage answer;
   const std::size_t size =
-      decodes && decode_run_ < kAwaitedRun
-          ? receive_around(socket_.get(), &answer, sizeof answer, begin, decode_run_)
-          : receive(socket_.get(), &answer, sizeof answer);
+      awaited ? receive_around(socket_.get(), &answer, sizeof answer, begin, decode_run_)
+              : receive(socket_.get(), &answer, sizeof answer);
   if (decodes) decode_run_ = Clock::now() - begin;
   if (size == 0) return end(ended());
   if (size != sizeof answer || answer.kind != WorkerMessage::kRan ||
@@ -406,14 +420,14 @@ absl::StatusOr<std::unique_ptr<Body>> open_worker_body(int descriptor, WorkerOpt
         cat("descriptor ", descriptor, " is no socket of a worker; serve_torch --front makes one"));
   }
   Descriptor socket(descriptor);
-  absl::StatusOr<BodyInfo> info = read_hello(descriptor);
-  if (!info.ok()) return info.status();
-  const WorkerLayout layout(options.max_rows, info->hidden_size);
+  absl::StatusOr<Greeting> worker = read_hello(descriptor);
+  if (!worker.ok()) return worker.status();
+  const WorkerLayout layout(options.max_rows, worker->info.hidden_size);
   auto area = Area::make(layout.size);
   if (!area.ok()) return area.status();
   const WorkerSetup setup{.max_rows = options.max_rows, .area_bytes = layout.size};
   if (!send_setup(descriptor, setup, (*area)->descriptor())) return ended();
-  return std::make_unique<WorkerBody>(std::move(socket), *std::move(area), *std::move(info),
+  return std::make_unique<WorkerBody>(std::move(socket), *std::move(area), *std::move(worker),
                                       std::move(options));
 }
 

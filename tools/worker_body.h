@@ -35,7 +35,7 @@ namespace infemeral {
 
 inline constexpr std::uint32_t kWorkerMagic = 0x57464e49;  // "INFW"
 // Changes with anything that is drawn here.
-inline constexpr std::uint32_t kWorkerVersion = 1;
+inline constexpr std::uint32_t kWorkerVersion = 2;
 
 struct WorkerHello {
   std::uint32_t magic = kWorkerMagic;
@@ -45,8 +45,12 @@ struct WorkerHello {
   std::uint64_t kv_bytes_per_token = 0;
   Fingerprint model_fingerprint{};
   Fingerprint cloak_commitment{};
+  // 1: the layers run on a device that leaves this machine's processors alone, so that one of them
+  // may be kept busy with waiting while sessions decode.
+  std::uint32_t spares_processors = 0;
+  std::uint32_t unused = 0;
 };
-static_assert(sizeof(WorkerHello) == 88);
+static_assert(sizeof(WorkerHello) == 96);
 
 struct WorkerSetup {
   std::uint32_t magic = kWorkerMagic;

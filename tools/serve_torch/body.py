@@ -43,6 +43,7 @@ class BodyInfo:
     kv_bytes_per_token: int   # over all layers
     model_fingerprint: bytes = bytes(32)  # zero for a checkpoint that engine_prep did not write
     cloak_commitment: bytes = bytes(32)
+    spares_processors: bool = False  # the layers run elsewhere than on this machine's processors
 
 
 @dataclass

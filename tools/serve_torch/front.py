@@ -20,8 +20,8 @@ import numpy as np
 
 from .body import Body, BodyInfo, BodyStep, LoadError, StepError, body_failed
 
-MAGIC, VERSION = 0x57464e49, 1
-HELLO = struct.Struct("=IIIIQ32s32s")
+MAGIC, VERSION = 0x57464e49, 2
+HELLO = struct.Struct("=IIIIQ32s32sII")
 SETUP = struct.Struct("=IIIIQ")
 MESSAGE = struct.Struct("=IIQ")
 RUN, RAN, RELEASE = 1, 2, 3
@@ -122,8 +122,8 @@ class Worker:
 
 def hello(info: BodyInfo) -> bytes:
     return HELLO.pack(MAGIC, VERSION, info.hidden_size, info.max_context, info.kv_bytes_per_token,
-                      info.model_fingerprint, info.cloak_commitment
-                      ) + info.description.encode()[:MAX_TEXT_BYTES]
+                      info.model_fingerprint, info.cloak_commitment,
+                      int(info.spares_processors), 0) + info.description.encode()[:MAX_TEXT_BYTES]
 
 
 def receive_area(channel: socket.socket, hidden_size: int) -> Area | None:

@@ -228,5 +228,6 @@ def load_body(folder: Path, options: argparse.Namespace,
     dtype = next(name for name, value in DTYPES.items() if value == model.dtype)
     where = f"{world} x {device.type}" if world > 1 else device.type
     info = BodyInfo(f"{config.model_type} {len(model.layers)} layers {dtype}, PyTorch on {where}",
-                    config.hidden_size, context, kv_bytes, fingerprint, commitment)
+                    config.hidden_size, context, kv_bytes, fingerprint, commitment,
+                    spares_processors=device.type != "cpu")
     return TorchBody(info, parallel.RankZero(torch_model), pages, options.max_batch)
