@@ -58,11 +58,16 @@ class CudaClientBackend final : public ClientBackend {
   // A made-up prompt and token: what CUDA and cuBLAS load on first use must not be in the first
   // token's time.
   absl::Status warm_up() {
-    const std::vector<std::int32_t> ids(kMaxRows + 1, 0);
     const std::size_t row_bytes = wire_row_bytes(WireDtype::kF16, hidden_size());
-    std::vector<std::byte> rows(ids.size() * row_bytes);
+    std::vector<std::byte> rows;
     PhaseTimes times;
-    INFEMERAL_RETURN(embed(ids, WireDtype::kF16, rows, times));
+    // The least and the most rows that cuBLAS rotates, and some between: it has kernels for each,
+    // and loads the one that it takes.
+    for (const std::size_t n : {kMaxRows + 1, 2 * kMaxRows, 4 * kMaxRows, kEmbedRows}) {
+      const std::vector<std::int32_t> ids(n, 0);
+      rows.resize(ids.size() * row_bytes);
+      INFEMERAL_RETURN(embed(ids, WireDtype::kF16, rows, times));
+    }
     const std::vector<float> ones(hidden_size(), 1.0f);
     encode_wire_row(WireDtype::kF16, ones, rows.data());
     const SampleRequest greedy;

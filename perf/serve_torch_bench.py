@@ -39,7 +39,7 @@ from gpu_peers import Bench, environment, measure_bandwidth  # noqa: E402
 from serve_torch import parallel  # noqa: E402
 from serve_torch.body import WANTED_ALL, WANTED_LAST, BodyInfo, BodyStep  # noqa: E402
 from serve_torch.torch_body import TorchBody, choose_device, load_weights  # noqa: E402
-from serve_torch.torch_model import (ATTENTION, PAGE, DecodeGraph, ModelOptions,  # noqa: E402
+from serve_torch.torch_model import (ATTENTION, PAGE, ModelOptions, StepGraph,  # noqa: E402
                                      TorchModel)
 
 PROMPT_ROWS = 100
@@ -141,7 +141,7 @@ def plain_generation(engine: Engine, causal: torch.nn.Module, length: int, steps
     if model._graphs:
         width = next(size for size in model._tables if size >= len(pages))
         # One of its own, whose rows stay on the device.
-        graph = DecodeGraph(model, 1, width)
+        graph = StepGraph(model, 1, 1, width)
         graph.capture(None, transfers=False)
         states, positions, slots, table = graph.inputs
         table.zero_()

@@ -466,7 +466,7 @@ class Server:
                 seconds = time.monotonic() - self._start
                 file.write(f"{seconds:8.2f} {line}")
                 file.flush()
-                if "preparing single rows" in line:
+                if "preparing graphs" in line:
                     self.loaded_s = seconds  # of the last rank
                 elif listens := re.search(r"listening on (\S+),", line):
                     self.address, self.ready_s = listens[1], seconds

@@ -220,7 +220,7 @@ def load_body(folder: Path, options: argparse.Namespace,
                 * model.dtype.itemsize)
     pages = cache_pages(options, context, kv_bytes * PAGE // world, device)
     if decode != "eager":
-        log("info", f"preparing single rows ({decode})")
+        log("info", f"preparing graphs ({decode})")
     torch_model = TorchModel(model, ModelOptions(decode, options.max_batch, context, pages, log))
     if parallel.rank() != 0:
         parallel.follow(torch_model)

@@ -32,6 +32,11 @@ except ImportError:  # a PyTorch without Triton
 PAGE = 64  # positions
 ALIGNMENT = 256  # bytes, of what a graph reads
 WARM_UP_ROWS = (2, 16, 128, 512)
+# Of steps of several rows: those that there are graphs for. Up to some hundred rows the layers take
+# as long as their weights take to read, so that few sizes are enough. Beyond them, and beyond so
+# many positions, a step's kernels are launched one by one.
+PROMPT_ROWS = (32, 128, 256, 512)
+PROMPT_PAGES = (8, 32, 128)
 ATTENTION = "infemeral_paged"
 
 
@@ -138,6 +143,12 @@ def buckets(limit: int, smallest: int = 1) -> list[int]:
     return [*sizes, limit]
 
 
+def up_to(limit: int, sizes: Sequence[int]) -> list[int]:
+    """Those below the limit, and the first that reaches it, cut to it."""
+    below = [size for size in sizes if size < limit]
+    return below + [min(size, limit) for size in sizes if size >= limit][:1]
+
+
 class TorchModel:
     def __init__(self, model: torch.nn.Module, options: ModelOptions):
         """`model`: an AutoModel with attn_implementation=ATTENTION, on its device. Captures every
@@ -159,7 +170,8 @@ class TorchModel:
         self._resize(max(options.pages, 2))
         self._decodes = self.device.type == "cuda" and self._try_decode_attention()
         self._compiled = False
-        self._graphs: dict[tuple[int, int], "DecodeGraph"] = {}
+        self._graphs: dict[tuple[int, int], "StepGraph"] = {}         # by batch and pages
+        self._prompt_graphs: dict[tuple[int, int], "StepGraph"] = {}  # by rows and pages
         self._batches = buckets(options.max_batch)
         # Short sessions do not read the pages of long ones; 256 positions cost next to nothing.
         self._tables = buckets(-(-options.max_context // PAGE), smallest=4)
@@ -208,15 +220,23 @@ class TorchModel:
         t = states.shape[1]
         if t == 1 and self._graphs:
             return self.decode(states, positions[:, 0].tolist(), table.tolist(), back)
+        if len(states) == 1 and (graph := self._prompt_graph(t, table.shape[1])) is not None:
+            return graph.run(states, positions, slots, table, back)
+        return self._launch(states, positions, slots, table, back)
+
+    @torch.no_grad()
+    def _launch(self, states, positions, slots, table, back: int) -> np.ndarray:
+        """run() without a graph."""
         on_device = (torch.from_numpy(x).to(self.device)
                      for x in (states, positions, slots, table))
-        # Compiled layers are for single rows; other shapes would be compiled one by one.
-        eager = t > 1 and self._compiled
-        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
-            out = self.forward(*on_device, back=back).cpu()
+        out = self.forward(*on_device, back=back).cpu()
         if back == 0 and self.device.type == "cuda":  # no copy has waited for the step
             torch.cuda.current_stream().synchronize()
         return out.numpy()
+
+    def _prompt_graph(self, rows: int, pages: int) -> "StepGraph | None":
+        return next((self._prompt_graphs[size] for size in sorted(self._prompt_graphs)
+                     if size[0] >= rows and size[1] >= pages), None)
 
     @property
     def has_graphs(self) -> bool:
@@ -241,9 +261,13 @@ class TorchModel:
             torch._dynamo.maybe_mark_dynamic(table, 1)
             if bias.numel() > 0:
                 torch._dynamo.maybe_mark_dynamic(bias, 3)
-        # transformers keeps position_ids for itself.
-        result = self.model(inputs_embeds=states.to(self.dtype), position_ids=positions,
-                            use_cache=False, slots=slots, table=table, places=positions, bias=bias)
+        # Compiled layers are for single rows; other shapes would be compiled one by one.
+        eager = states.shape[1] > 1 and self._compiled
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            # transformers keeps position_ids for itself.
+            result = self.model(inputs_embeds=states.to(self.dtype), position_ids=positions,
+                                use_cache=False, slots=slots, table=table, places=positions,
+                                bias=bias)
         return result.last_hidden_state[:, states.shape[1] - back:].float()
 
     def _bias(self, positions: torch.Tensor, size: int) -> torch.Tensor:
@@ -261,8 +285,8 @@ class TorchModel:
         for rows in WARM_UP_ROWS:
             rows = min(rows, self._options.max_context)
             positions = np.arange(rows)[None]
-            self.run(np.zeros((1, rows, self.hidden_size), np.float32), positions,
-                     positions % PAGE, np.zeros((1, -(-rows // PAGE)), np.int64), back=1)
+            self._launch(np.zeros((1, rows, self.hidden_size), np.float32), positions,
+                         positions % PAGE, np.zeros((1, -(-rows // PAGE)), np.int64), back=1)
 
     # ---- single rows, fast ----
 
@@ -300,7 +324,7 @@ class TorchModel:
             layer.compile(options={"coordinate_descent_tuning": True})
         self._compiled = True
         try:
-            DecodeGraph(self, 1, self._tables[0]).forward()
+            StepGraph(self, 1, 1, self._tables[0]).forward()
         except Exception as error:  # no compiler on this machine, or a model that it cannot take
             self._options.log("warning", f"cannot compile the layers ({type(error).__name__}); "
                                          "they run as they are")
@@ -312,24 +336,32 @@ class TorchModel:
     def _capture(self) -> None:
         pool = torch.cuda.graph_pool_handle()
         # The largest first: the smaller ones then fit the memory that it took.
+        context = self._options.max_context
+        for rows in reversed(up_to(context, PROMPT_ROWS)):
+            for width in reversed(up_to(-(-context // PAGE), PROMPT_PAGES)):
+                graph = StepGraph(self, 1, rows, width)
+                graph.capture(pool, transfers=True)
+                self._prompt_graphs[rows, width] = graph
         for batch in reversed(self._batches):
             for width in reversed(self._tables):
-                graph = DecodeGraph(self, batch, width)
+                graph = StepGraph(self, batch, 1, width)
                 graph.capture(pool, transfers=True)
                 self._graphs[batch, width] = graph
 
     def drop_graphs(self) -> None:
         self._graphs.clear()
+        self._prompt_graphs.clear()
 
 
-class DecodeGraph:
-    """One row for each of a batch of sessions, as a CUDA graph of fixed shapes."""
+class StepGraph:
+    """A step as a CUDA graph of fixed shapes: one row for each of a batch of sessions, or several
+    rows of one. Those that nobody asks for go to position, slot and page 0."""
 
-    def __init__(self, model: TorchModel, batch: int, width: int):
+    def __init__(self, model: TorchModel, batch: int, rows: int, width: int):
         pinned = model.device.type == "cuda"
         # The step's arrays one behind the other, so that one copy brings them all.
-        shapes = [((batch, 1, model.hidden_size), torch.float32), ((batch, 1), torch.int64),
-                  ((batch, 1), torch.int64), ((batch, width), torch.int64)]
+        shapes = [((batch, rows, model.hidden_size), torch.float32), ((batch, rows), torch.int64),
+                  ((batch, rows), torch.int64), ((batch, width), torch.int64)]
         ends = list(itertools.accumulate(
             -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
             for shape, dtype in shapes))
@@ -344,15 +376,16 @@ class DecodeGraph:
             part.numpy() for part in parts(self._host))
         self.inputs = parts(self._device)
         self._model = model
+        self._rows = rows
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.out = None
+        self.out = None  # [batch, rows, H], on the device
         self._result = torch.empty((batch, 1, model.hidden_size), pin_memory=pinned)
-        self._rows = self._result.numpy()
-        self._used = 0  # rows of the last replay
+        self._last_rows = self._result.numpy()
+        self._used = 0  # sessions of the last replay
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
-        return self._model.forward(*self.inputs)
+        return self._model.forward(*self.inputs, back=self._rows)
 
     @torch.no_grad()
     def capture(self, pool, transfers: bool) -> None:
@@ -370,14 +403,15 @@ class DecodeGraph:
                 self._device.copy_(self._host, non_blocking=True)
             self.out = self.forward()
             if transfers:
-                self._result.copy_(self.out, non_blocking=True)
+                self._result.copy_(self.out[:, -1:], non_blocking=True)
+        self.start()  # brings the graph to the device, which its first step would wait for
 
     def start(self) -> None:
         self._graph.replay()
 
     def replay(self, rows: Sequence[np.ndarray], positions: list[int],
                tables: list[list[int]]) -> np.ndarray:
-        """[batch, 1, H] on the host; its memory is the next replay's too."""
+        """Single rows. [batch, 1, H] on the host; its memory is the next replay's too."""
         for i, position in enumerate(positions):
             page = position // PAGE
             self._states[i] = rows[i]
@@ -385,10 +419,25 @@ class DecodeGraph:
             self._slots[i, 0] = tables[i][page] * PAGE + position % PAGE
             self._table[i, :page + 1] = tables[i][:page + 1]
             self._table[i, page + 1:] = 0
-        for i in range(len(rows), self._used):  # nobody asks for them: position, slot, page 0
+        for i in range(len(rows), self._used):
             for part in (self._states, self._positions, self._slots, self._table):
                 part[i] = 0
         self._used = len(rows)
         self.start()
         torch.cuda.current_stream().synchronize()
-        return self._rows
+        return self._last_rows
+
+    def run(self, states: np.ndarray, positions: np.ndarray, slots: np.ndarray, table: np.ndarray,
+            back: int) -> np.ndarray:
+        """TorchModel.run() of rows of one session. The last ones are theirs: where they end does
+        not depend on their number."""
+        filled, pages = self._rows - states.shape[1], table.shape[1]
+        self._states[:, filled:] = states  # in front of them are an earlier step's
+        for part, values in ((self._positions, positions), (self._slots, slots)):
+            part[:, :filled] = 0
+            part[:, filled:] = values
+        self._table[:, :pages] = table
+        self._table[:, pages:] = 0
+        self.start()
+        torch.cuda.current_stream().synchronize()
+        return self._last_rows[:, :back] if back < 2 else self.out[:, -back:].cpu().numpy()
