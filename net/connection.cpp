@@ -353,12 +353,6 @@ decltype(Frame::kind) Connection::result_frame(WireDtype dtype, const StepJob& j
 
 void Connection::on_step_done(std::uint64_t request, WireDtype dtype, Clock::time_point received,
                               const StepJob& job) try {
-  if (absl::IsUnavailable(job.status)) {
-    // No answer to this step alone: the client is to connect again, perhaps to a server that has
-    // been started anew.
-    fail(job.status);
-    return;
-  }
   decltype(Frame::kind) result = result_frame(dtype, job);
   // Counted before the answer leaves, so that who has the answer finds it in the counters.
   const double seconds = std::chrono::duration<double>(Clock::now() - received).count();
@@ -371,6 +365,12 @@ void Connection::on_step_done(std::uint64_t request, WireDtype dtype, Clock::tim
   }
   ++server_->steps;
   if (std::holds_alternative<ErrorFrame>(result)) ++server_->failed_steps;
+  if (absl::IsUnavailable(job.status)) {
+    // No answer to this step alone: the client is to connect again, perhaps to a server that has
+    // been started anew.
+    fail(job.status);
+    return;
+  }
   answer(request, std::move(result), padded_bytes(dtype, output_rows(job.wanted, job.rows)));
 } catch (const std::bad_alloc&) {
   fail(no_memory());  // the answer is lost, and with it the stream

@@ -90,6 +90,7 @@ class KnownBody : public Body {
   std::atomic<std::size_t> largest_batch = 0;
   std::atomic<bool> overlapped = false;
   std::atomic<bool> broken = false;  // answers hold one value that is not finite
+  std::atomic<bool> gone = false;    // whoever ran the layers has ended
   std::function<void()> before_run;  // set before the first step
   // Everything that the server process saw; read it when nothing runs.
   std::vector<float> seen;
@@ -105,6 +106,7 @@ class KnownBody : public Body {
   };
 
   absl::Status run_one(BodyStep& step) {
+    if (gone) return absl::UnavailableError("who ran the layers has ended");
     auto& session = dynamic_cast<Session&>(*step.session);
     if (step.start_pos > session.rows.size()) {
       return absl::InvalidArgumentError("the step starts beyond the cache");

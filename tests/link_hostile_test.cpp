@@ -217,6 +217,18 @@ TEST_CASE("an answer that is not finite becomes the body's error") {
   CHECK(rig.server->counters().refused_steps == 0);
 }
 
+TEST_CASE("a body that has ended ends the stream, and its step is counted") {
+  Rig rig;
+  rig.start();
+  const auto link = rig.connect();
+  Talk talk(*link, 96, WireDtype::kF16);
+  REQUIRE(talk.step(0, 3, Wanted::kAll).ok());
+  rig.body.gone = true;
+  check_says(talk.step(3, 1, Wanted::kLast), absl::StatusCode::kUnavailable, "has ended");
+  CHECK(rig.server->counters().steps == 2);
+  CHECK(rig.server->counters().failed_steps == 1);
+}
+
 TEST_CASE("what crosses the line shows neither rows nor keys nor fingerprints") {
   Rig rig;
   rig.start();
