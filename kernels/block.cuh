@@ -8,6 +8,15 @@
 
 #include <cstdint>
 
+// What runs once a token, by one block, waits for its instructions more than for anything else:
+// they come from the L2 cache. There loops stay loops (`unroll 1`), and what is called twice is
+// there once.
+#ifdef __CUDACC__
+#define INFEMERAL_ONE_COPY __noinline__
+#else
+#define INFEMERAL_ONE_COPY
+#endif
+
 namespace infemeral::cuda {
 
 inline constexpr int kWarp = 32;

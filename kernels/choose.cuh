@@ -35,6 +35,7 @@ template <typename Items, typename RestBelow>
 __device__ int choose_from(Items items, const RowRequest& request, const RestBelow& rest) {
   const bool greedy = request.selection == Selection::kGreedy;
   float max = -HUGE_VALF;
+#pragma unroll 1
   for (int i = threadIdx.x; i < items.n; i += blockDim.x) max = fmaxf(max, items.score(i));
   max = block_reduce(max, -HUGE_VALF, Max());
 
@@ -53,6 +54,7 @@ __device__ int choose_from(Items items, const RowRequest& request, const RestBel
   }
 
   Choice best = {0, -1};
+#pragma unroll 1
   for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
     const float score = items.score(i);
     if (isnan(score) || score < floor || (greedy && score < max)) continue;

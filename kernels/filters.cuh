@@ -25,6 +25,7 @@ __device__ void running_sums(T* values) {
   __syncthreads();
   for (int i = threadIdx.x; i < N; i += blockDim.x) {
     T sum = values[i];
+#pragma unroll 1
     for (int w = 0; w < i / kWarp; ++w) sum += totals[w];
     values[i] = sum;
   }
@@ -36,7 +37,7 @@ inline constexpr int kDigits = 256;
 static_assert(kBins <= kDigits);
 
 // exp(score - max) in units of 2^-40, as engine/sampling.h defines it.
-__device__ unsigned long long probability_mass(float score, float max) {
+__device__ INFEMERAL_ONE_COPY unsigned long long probability_mass(float score, float max) {
   return static_cast<unsigned long long>(exp(static_cast<double>(score) - max) * 0x1p40);
 }
 
@@ -55,6 +56,7 @@ struct Candidates {                     // those that select left; the first kCa
   }
   __device__ void know_max(float largest) {
     max = largest;
+#pragma unroll 1
     for (int i = threadIdx.x; i < min(n, kCached); i += blockDim.x) {
       masses[i] = probability_mass(cached[i].score, max);
     }
@@ -128,6 +130,7 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
   unsigned long long before = 0, last = 0;
   int depth = 0;
   std::uint32_t prefix = 0;
+#pragma unroll 1
   for (int shift = 32; shift >= 0; shift -= 8) {
     for (int i = threadIdx.x; i < kParts * kDigits; i += blockDim.x) {
       parts[i / kDigits][i % kDigits] = 0;
@@ -267,24 +270,29 @@ __device__ Filtered filter_few(const Items& items, const RowRequest& request, co
   __shared__ unsigned long long inside;
   const int n = items.n;
   const auto exists = [&](int i) { return i < n && !isnan(items.score(i)); };
+#pragma unroll 1
   for (int own = threadIdx.x; own < kFew; own += blockDim.x) {
     reinterpret_cast<float*>(given)[own] = exists(own) ? items.score(own) : -HUGE_VALF;
   }
   __syncthreads();
+#pragma unroll 1
   for (int own = threadIdx.x; own < kFew; own += blockDim.x) {
     const float score = reinterpret_cast<const float*>(given)[own];
     const int warp = own / kWarp * kWarp;  // whose items are told apart one by one
     int place = own;                       // of what is not an item: where it is, behind the others
     if (own < n) {
       place = 0;
+#pragma unroll 2
       for (int i = 0; i < warp; i += 4) {
         const float4 s = given[i / 4];
         place += (s.x >= score) + (s.y >= score) + (s.z >= score) + (s.w >= score);
       }
+#pragma unroll 4
       for (int i = warp; i < warp + kWarp; ++i) {
         const float s = reinterpret_cast<const float*>(given)[i];
         place += s > score || (s == score && i < own);
       }
+#pragma unroll 2
       for (int i = warp + kWarp; i < n; i += 4) {
         const float4 s = given[i / 4];
         place += (s.x > score) + (s.y > score) + (s.z > score) + (s.w > score);
@@ -298,6 +306,7 @@ __device__ Filtered filter_few(const Items& items, const RowRequest& request, co
   if (request.top_k > 0 && request.top_k < n) kept.floor = sorted[request.top_k - 1];
   if (request.top_p >= 1) return kept;
   Totals totals = {0, rest};
+#pragma unroll 1
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     if (sorted[i] >= kept.floor) totals.kept += sums[i];
   }
@@ -306,6 +315,7 @@ __device__ Filtered filter_few(const Items& items, const RowRequest& request, co
   kept.rest = totals.rest;
   running_sums<kFew>(sums);
   const double enough = request.top_p * static_cast<double>(kept.total);
+#pragma unroll 1
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     if (static_cast<double>(sums[i]) >= enough &&
         (i == 0 || static_cast<double>(sums[i - 1]) < enough)) {
@@ -314,6 +324,7 @@ __device__ Filtered filter_few(const Items& items, const RowRequest& request, co
   }
   __syncthreads();
   kept.floor = floor;
+#pragma unroll 1
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     // With the last of those that are equal to it.
     if (sorted[i] == kept.floor && (i + 1 == n || sorted[i + 1] != kept.floor)) inside = sums[i];

@@ -30,7 +30,7 @@ __device__ inline std::uint32_t random_bits(const RowRequest& request, int token
   }
 }
 
-__device__ inline double gumbel_noise(const RowRequest& request, int token) {
+__device__ INFEMERAL_ONE_COPY double gumbel_noise(const RowRequest& request, int token) {
   const double uniform = (random_bits(request, token) + 0.5) * 0x1p-32;  // never 0 or 1
   return -log(-log(uniform));
 }
@@ -39,7 +39,7 @@ __device__ inline double gumbel_noise(const RowRequest& request, int token) {
 // is taken of the distance to 1, which float32 can hold.
 inline constexpr float kNoiseError = 1e-3f;
 inline constexpr float kMostNoise = 23;  // -ln(-ln(1 - 2^-33)) is 22.87; the least is -3.14
-__device__ inline float gumbel_noise_near(const RowRequest& request, int token) {
+__device__ INFEMERAL_ONE_COPY float gumbel_noise_near(const RowRequest& request, int token) {
   const std::uint32_t bits = random_bits(request, token);
   const float log_uniform = bits >> 31 ? log1pf(-(static_cast<float>(~bits) + 0.5f) * 0x1p-32f)
                                        : logf((static_cast<float>(bits) + 0.5f) * 0x1p-32f);
