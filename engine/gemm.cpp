@@ -1,6 +1,7 @@
 #include "engine/gemm.h"
 
 #include <sodium.h>
+#include <sys/mman.h>
 
 #include <oneapi/tbb/blocked_range.h>
 #include <oneapi/tbb/blocked_range2d.h>
@@ -14,14 +15,15 @@
 namespace infemeral {
 namespace {
 
-// Block sizes: a packed panel of A (kBlockM x kBlockK, 256 KiB in float64) and the panel of B that
-// it is multiplied with (kBlockK x kPanelN) stay in the L2 of their core, a sliver of B (kBlockK x
-// tile columns) in the L1.
-constexpr std::size_t kBlockM = 128;
-constexpr std::size_t kBlockK = 256;
-constexpr std::size_t kPanelN = 480;  // a multiple of every tile's columns
-constexpr std::size_t kBlockN = 4096;
-constexpr std::size_t kMaxTileBytes = 8 * 3 * 64;  // rows, vectors, bytes of a vector
+// A block of A (kBlockM x kBlockK) and one of B (kBlockK x kBlockN) are packed by all threads, and
+// their product is cut into panels. In a panel kBlockK x kPanelN of B (288 KiB in float32) stays in
+// the L2 of its core and a sliver of A (tile rows x kBlockK) in the L1, so that every element of B
+// that a tile loads comes from the L2, which is fast enough for it, and C is passed over in order.
+constexpr std::size_t kBlockM = 4096, kBlockN = 4096;
+constexpr std::size_t kBlockK = 256;                 // the order of summation: see gemm.h
+constexpr std::size_t kPanelM = 224, kPanelN = 288;  // multiples of every tile's rows and columns
+constexpr std::size_t kMaxTileBytes = 14 * 2 * 64;   // rows, vectors, bytes of a vector
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
 
 GemmKernels choose_kernels() {
 #if defined(__x86_64__)
@@ -36,46 +38,97 @@ const GemmKernels& kernels() {
   return chosen;
 }
 
-// Wiped when freed: what is multiplied may be the cloak.
+// Wiped when freed: what is multiplied may be the cloak. On huge pages when it fills some: packing
+// writes to as many pages at a time as there are slivers.
 template <typename T>
 class AlignedBuffer {
  public:
   explicit AlignedBuffer(std::size_t n)
       : bytes_(n * sizeof(T)),
-        data_(static_cast<T*>(::operator new (bytes_, std::align_val_t{kAlignment}))) {}
+        alignment_{bytes_ < kHugePage ? kCacheLine : kHugePage},
+        data_(static_cast<T*>(::operator new(bytes_, alignment_))) {
+    if (bytes_ >= kHugePage) madvise(data_, bytes_, MADV_HUGEPAGE);
+  }
   ~AlignedBuffer() {
     sodium_memzero(data_, bytes_);
-    ::operator delete (data_, std::align_val_t{kAlignment});
+    ::operator delete(data_, alignment_);
   }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
   T* data() const { return data_; }
 
  private:
-  static constexpr std::size_t kAlignment = 64;
+  static constexpr std::size_t kCacheLine = 64;
   const std::size_t bytes_;
+  const std::align_val_t alignment_;
   T* data_;
 };
 
+std::size_t divide_up(std::size_t n, std::size_t step) {
+  return (n + step - 1) / step;
+}
 std::size_t round_up(std::size_t n, std::size_t step) {
-  return (n + step - 1) / step * step;
+  return divide_up(n, step) * step;
 }
 
 // Packs `lines` x k elements into slivers of `width` lines: p-major inside a sliver, missing lines
-// as zeros. For A a line is a row; for B, seen transposed, a column.
+// as zeros. For A a line is a row; for B, seen transposed, a column. What is contiguous in memory
+// is read in one go: the beginnings of rows are pages apart, often in one set of the L1.
 template <typename T>
 void pack(std::size_t lines, std::size_t k, std::size_t width, T scale, BasicConstMatrix<T> m,
           T* out) {
-  for (std::size_t first = 0; first < lines; first += width) {
-    const std::size_t count = std::min(width, lines - first);
-    const BasicConstMatrix<T> sliver = m.block(first, 0);
+  const std::size_t whole = lines / width * width;
+  std::fill(out + whole * k, out + round_up(lines, width) * k, T{0});
+  if (m.row_stride == 1) {
     for (std::size_t p = 0; p < k; ++p) {
-      const T* source = sliver.data + static_cast<std::ptrdiff_t>(p) * sliver.col_stride;
-      for (std::size_t i = 0; i < count; ++i) {
-        out[i] = scale * source[static_cast<std::ptrdiff_t>(i) * sliver.row_stride];
+      const T* source = m.block(0, p).data;
+      for (std::size_t first = 0; first < lines; first += width) {
+        T* target = out + first * k + p * width;
+        const std::size_t count = std::min(width, lines - first);
+        for (std::size_t i = 0; i < count; ++i) target[i] = scale * source[first + i];
       }
-      std::fill(out + count, out + width, T{0});
-      out += width;
+    }
+    return;
+  }
+  for (std::size_t line = 0; line < lines; ++line) {
+    const T* source = m.block(line, 0).data;
+    T* target = out + line / width * width * k + line % width;
+    for (std::size_t p = 0; p < k; ++p) {
+      target[p * width] = scale * source[static_cast<std::ptrdiff_t>(p) * m.col_stride];
+    }
+  }
+}
+
+// The same, by all threads.
+template <typename T>
+void pack_block(std::size_t lines, std::size_t k, std::size_t width, T scale, BasicConstMatrix<T> m,
+                T* out) {
+  constexpr std::size_t kGrain = 8;  // slivers
+  const tbb::blocked_range<std::size_t> slivers(0, divide_up(lines, width), kGrain);
+  tbb::parallel_for(slivers, [&](const auto& range) {
+    const std::size_t first = range.begin() * width;
+    const std::size_t count = std::min(range.end() * width, lines) - first;
+    pack(count, k, width, scale, m.block(first, 0), out + first * k);
+  });
+}
+
+// C += A B for a panel, from slivers of A and B.
+template <typename T>
+void add_panel(const GemmKernel<T>& tile, std::size_t m, std::size_t n, std::size_t k, const T* a,
+               const T* b, T* c, std::size_t c_stride) {
+  for (std::size_t i = 0; i < m; i += tile.rows) {
+    for (std::size_t j = 0; j < n; j += tile.cols) {
+      const std::size_t rows = std::min(tile.rows, m - i), cols = std::min(tile.cols, n - j);
+      T* out = c + i * c_stride + j;
+      if (rows == tile.rows && cols == tile.cols) {
+        tile.run(k, a + i * k, b + j * k, out, c_stride);
+        continue;
+      }
+      alignas(64) T whole[kMaxTileBytes / sizeof(T)] = {};
+      tile.run(k, a + i * k, b + j * k, whole, tile.cols);
+      for (std::size_t r = 0; r < rows; ++r) {
+        for (std::size_t x = 0; x < cols; ++x) out[r * c_stride + x] += whole[r * tile.cols + x];
+      }
     }
   }
 }
@@ -83,51 +136,29 @@ void pack(std::size_t lines, std::size_t k, std::size_t width, T scale, BasicCon
 template <typename T>
 void add_product(const GemmKernel<T>& tile, std::size_t m, std::size_t n, std::size_t k, T alpha,
                  BasicConstMatrix<T> a, BasicConstMatrix<T> b, T* c, std::size_t c_stride) {
-  const std::size_t block_n = std::min(kBlockN, n);
-  const AlignedBuffer<T> packed_b(round_up(block_n, tile.cols) * kBlockK);
-  // mb rows of C from i0 on, and its columns from j0 + first to j0 + last, have kb terms added.
-  const auto add_block = [&](std::size_t i0, std::size_t mb, std::size_t j0, std::size_t first,
-                             std::size_t last, std::size_t kb, const T* packed_a) {
-    alignas(64) T acc[kMaxTileBytes / sizeof(T)];
-    for (std::size_t j = first; j < last; j += tile.cols) {
-      const std::size_t cols = std::min(tile.cols, last - j);
-      for (std::size_t i = 0; i < mb; i += tile.rows) {
-        const std::size_t rows = std::min(tile.rows, mb - i);
-        tile.run(kb, packed_a + i * kb, packed_b.data() + j * kb, acc);
-        for (std::size_t r = 0; r < rows; ++r) {
-          T* out = c + (i0 + i + r) * c_stride + j0 + j;
-          for (std::size_t x = 0; x < cols; ++x) out[x] += acc[r * tile.cols + x];
-        }
-      }
-    }
-  };
-  for (std::size_t j0 = 0; j0 < n; j0 += block_n) {
-    const std::size_t nb = std::min(block_n, n - j0);
-    const std::size_t b_slivers = (nb + tile.cols - 1) / tile.cols;
+  const std::size_t depth = std::min(kBlockK, k);
+  const AlignedBuffer<T> packed_a(round_up(std::min(kBlockM, m), tile.rows) * depth);
+  const AlignedBuffer<T> packed_b(round_up(std::min(kBlockN, n), tile.cols) * depth);
+  for (std::size_t j0 = 0; j0 < n; j0 += kBlockN) {
+    const std::size_t nb = std::min(kBlockN, n - j0);
     for (std::size_t p0 = 0; p0 < k; p0 += kBlockK) {
       const std::size_t kb = std::min(kBlockK, k - p0);
-      tbb::parallel_for(tbb::blocked_range<std::size_t>(0, b_slivers, 8), [&](const auto& range) {
-        const std::size_t first = range.begin() * tile.cols;
-        const std::size_t last = std::min(range.end() * tile.cols, nb);
-        pack<T>(last - first, kb, tile.cols, T{1}, b.block(p0, j0 + first).transposed(),
-                packed_b.data() + first * kb);
-      });
-      // Blocks of rows times panels of columns, so that there is enough for every thread. A thread
-      // packs its rows once for all panels that it takes of them.
-      const std::size_t panels = (nb + kPanelN - 1) / kPanelN;
-      const tbb::blocked_range2d<std::size_t> blocks(0, (m + kBlockM - 1) / kBlockM, 1, 0, panels,
-                                                     1);
-      tbb::parallel_for(blocks, [&](const auto& range) {
-        const AlignedBuffer<T> packed_a(round_up(std::min(kBlockM, m), tile.rows) * kb);
-        for (std::size_t block = range.rows().begin(); block != range.rows().end(); ++block) {
-          const std::size_t i0 = block * kBlockM, mb = std::min(kBlockM, m - i0);
-          pack<T>(mb, kb, tile.rows, alpha, a.block(i0, p0), packed_a.data());
-          for (std::size_t panel = range.cols().begin(); panel != range.cols().end(); ++panel) {
-            const std::size_t first = panel * kPanelN, last = std::min(first + kPanelN, nb);
-            add_block(i0, mb, j0, first, last, kb, packed_a.data());
+      pack_block<T>(nb, kb, tile.cols, T{1}, b.block(p0, j0).transposed(), packed_b.data());
+      for (std::size_t i0 = 0; i0 < m; i0 += kBlockM) {
+        const std::size_t mb = std::min(kBlockM, m - i0);
+        pack_block<T>(mb, kb, tile.rows, alpha, a.block(i0, p0), packed_a.data());
+        const tbb::blocked_range2d<std::size_t> panels(0, divide_up(mb, kPanelM), 1,  //
+                                                       0, divide_up(nb, kPanelN), 1);
+        tbb::parallel_for(panels, [&](const auto& range) {
+          const std::size_t i_end = std::min(range.rows().end() * kPanelM, mb);
+          const std::size_t j_end = std::min(range.cols().end() * kPanelN, nb);
+          for (std::size_t j = range.cols().begin() * kPanelN; j < j_end; j += kPanelN) {
+            const std::size_t i = range.rows().begin() * kPanelM;
+            add_panel(tile, i_end - i, std::min(kPanelN, j_end - j), kb, packed_a.data() + i * kb,
+                      packed_b.data() + j * kb, c + (i0 + i) * c_stride + j0 + j, c_stride);
           }
-        }
-      });
+        });
+      }
     }
   }
 }

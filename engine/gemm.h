@@ -28,7 +28,7 @@ using ConstMatrixF32 = BasicConstMatrix<float>;
 // C += alpha * A B, with A m x k, B k x n and C m x n row-major with `c_stride` between rows.
 // C must not overlap A or B. Runs on oneTBB's threads of the calling arena; every element is summed
 // in an order that depends on k alone, so the result does not depend on the number of threads.
-// Allocates packing buffers of 256 KiB a thread and 2 KiB * min(n, 4096); half of it in float32.
+// Allocates packing buffers of 2 KiB * (min(m, 4096) + min(n, 4096)); half of it in float32.
 void gemm_add(std::size_t m, std::size_t n, std::size_t k, double alpha, ConstMatrix a,
               ConstMatrix b, double* c, std::size_t c_stride);
 void gemm_add(std::size_t m, std::size_t n, std::size_t k, float alpha, ConstMatrixF32 a,

@@ -5,11 +5,12 @@
 
 namespace infemeral {
 
-// acc[r][c] = sum over p < k of a[p * rows + r] * b[p * cols + c], for a tile of rows x cols.
-// a and b are packed panels, b aligned to 64 bytes; acc holds rows * cols values, aligned to 64.
+// c[r * c_stride + j] += sum over p < k of a[p * rows + r] * b[p * cols + j], for a tile of
+// rows x cols, summed in the order of p before it is added. a and b are packed slivers, b aligned
+// to 64 bytes.
 template <typename T>
 struct GemmKernel {
-  using Run = void (*)(std::size_t k, const T* a, const T* b, T* acc);
+  using Run = void (*)(std::size_t k, const T* a, const T* b, T* c, std::size_t c_stride);
   Run run;
   std::size_t rows, cols;
 };

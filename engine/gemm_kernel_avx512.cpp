@@ -3,7 +3,7 @@
 namespace infemeral {
 
 GemmKernels gemm_kernels_avx512() {
-  return tile_kernels<64, 8, 3>("avx512");
+  return tile_kernels<64, 14, 2>("avx512");
 }
 
 }  // namespace infemeral

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/parallel.h"
 #include "engine/gemm.h"
 
@@ -65,9 +66,12 @@ int run(int argc, char** argv) {
   const std::size_t n = options->size, m = options->rows;
   std::mt19937_64 rng(std::random_device{}());
   std::uniform_real_distribution<float> uniform(-1, 1);
-  std::vector<float> a(m * n), b(n * n), c(m * n);
-  for (float& x : a) x = uniform(rng);
-  for (float& x : b) x = uniform(rng);
+  const auto draw = [&](std::size_t size) {
+    HugeArray<float> values(size);
+    for (std::size_t i = 0; i < size; ++i) values.data()[i] = uniform(rng);
+    return values;
+  };
+  HugeArray<float> a = draw(m * n), b = draw(n * n), c = draw(m * n);
 
   const int threads = options->threads > 0 ? options->threads : physical_cores();
   tbb::task_arena arena(threads);

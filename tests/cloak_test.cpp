@@ -57,27 +57,30 @@ std::vector<double> as_doubles(const Cloak& cloak) {
 
 template <typename T>
 void check_inner_kernel(const GemmKernel<T>& kernel) {
+  const std::size_t stride = kernel.cols + 3;
   for (const std::size_t k : {0, 1, 2, 7, 256}) {
     const std::vector<T> a = normals<T>(k * kernel.rows);
     const std::vector<T> b = normals<T>(k * kernel.cols);
-    alignas(64) T acc[8 * 48];
-    std::fill(std::begin(acc), std::end(acc), std::numeric_limits<T>::quiet_NaN());
-    REQUIRE(kernel.rows * kernel.cols <= std::size(acc));
-    std::vector<T> aligned(b.size() + 16);
+    const std::vector<T> start = normals<T>(kernel.rows * stride);
+    std::vector<T> c = start, aligned(b.size() + 16);
     T* b64 = aligned.data();
     while (reinterpret_cast<std::uintptr_t>(b64) % 64 != 0) ++b64;
     std::copy(b.begin(), b.end(), b64);
-    kernel.run(k, a.data(), b64, acc);
+    kernel.run(k, a.data(), b64, c.data(), stride);
     for (std::size_t r = 0; r < kernel.rows; ++r) {
-      for (std::size_t c = 0; c < kernel.cols; ++c) {
-        double sum = 0, magnitude = 0;
+      for (std::size_t j = 0; j < stride; ++j) {
+        if (j >= kernel.cols) {  // between the rows
+          CHECK(c[r * stride + j] == start[r * stride + j]);
+          continue;
+        }
+        double sum = start[r * stride + j], magnitude = std::fabs(sum);
         for (std::size_t p = 0; p < k; ++p) {
-          const double term = double{a[p * kernel.rows + r]} * b[p * kernel.cols + c];
+          const double term = double{a[p * kernel.rows + r]} * b[p * kernel.cols + j];
           sum += term;
           magnitude += std::fabs(term);
         }
-        CHECK(std::fabs(acc[r * kernel.cols + c] - sum) <=
-              2 * static_cast<double>(k) * std::numeric_limits<T>::epsilon() * magnitude);
+        CHECK(std::fabs(c[r * stride + j] - sum) <=
+              2 * static_cast<double>(k + 1) * std::numeric_limits<T>::epsilon() * magnitude);
       }
     }
   }
@@ -112,40 +115,58 @@ TEMPLATE_TEST_CASE(
   struct Sizes {
     std::size_t m, n, k;
   };
+  // Beyond a tile, a panel and a block, in every direction.
   for (const Sizes sizes : {Sizes{1, 1, 1},
                             {3, 5, 7},
                             {9, 25, 257},
+                            {15, 33, 513},
                             {300, 70, 520},
+                            {230, 300, 260},
                             {64, 4099, 3},
+                            {4111, 50, 2},
                             {0, 4, 4},
                             {4, 0, 4},
                             {4, 4, 0}}) {
     const std::size_t m = sizes.m, n = sizes.n, k = sizes.k;
-    for (const bool transposed : {false, true}) {
-      const std::vector<T> a = normals<T>(m * k), b = normals<T>(k * n);
-      const std::vector<T> start = normals<T>(m * n);
-      const auto view = [&](const std::vector<T>& x, std::size_t rows, std::size_t cols) {
-        return transposed ? View{x.data(), 1, static_cast<std::ptrdiff_t>(rows)}
-                          : View{x.data(), static_cast<std::ptrdiff_t>(cols), 1};
-      };
-      const View av = view(a, m, k), bv = view(b, k, n);
-      std::vector<T> one = start, many = start;
-      tbb::task_arena(1).execute([&] { gemm_add(m, n, k, T{-0.5}, av, bv, one.data(), n); });
-      tbb::task_arena(4).execute([&] { gemm_add(m, n, k, T{-0.5}, av, bv, many.data(), n); });
-      CHECK(one == many);
-      double worst = 0;
-      for (std::size_t i = 0; i < m; ++i) {
-        for (std::size_t j = 0; j < n; ++j) {
-          double sum = double{start[i * n + j]}, magnitude = std::fabs(sum);
-          for (std::size_t p = 0; p < k; ++p) {
-            const double term = -0.5 * double{*av.block(i, p).data} * *bv.block(p, j).data;
-            sum += term;
-            magnitude += std::fabs(term);
+    INFO(m << " x " << n << " x " << k);
+    enum class Layout { kRows, kColumns, kApart };
+    const auto view = [](const std::vector<T>& x, std::size_t rows, std::size_t cols, Layout how) {
+      const auto height = static_cast<std::ptrdiff_t>(rows);
+      const auto width = static_cast<std::ptrdiff_t>(cols);
+      return how == Layout::kRows      ? View{x.data(), width, 1}
+             : how == Layout::kColumns ? View{x.data(), 1, height}
+                                       : View{x.data(), 2 * width + 1, 2};
+    };
+    for (const Layout how_a : {Layout::kRows, Layout::kColumns, Layout::kApart}) {
+      for (const Layout how_b : {Layout::kRows, Layout::kColumns, Layout::kApart}) {
+        const std::vector<T> a = normals<T>(m * (2 * k + 1)), b = normals<T>(k * (2 * n + 1));
+        const std::size_t stride = n + 2;
+        const std::vector<T> start = normals<T>(m * stride);
+        const View av = view(a, m, k, how_a), bv = view(b, k, n, how_b);
+        std::vector<T> one = start, many = start;
+        tbb::task_arena(1).execute([&] { gemm_add(m, n, k, T{-0.5}, av, bv, one.data(), stride); });
+        tbb::task_arena(4).execute(
+            [&] { gemm_add(m, n, k, T{-0.5}, av, bv, many.data(), stride); });
+        CHECK(one == many);
+        double worst = 0;
+        bool gaps_kept = true;
+        for (std::size_t i = 0; i < m; ++i) {
+          for (std::size_t j = 0; j < n; ++j) {
+            double sum = double{start[i * stride + j]}, magnitude = std::fabs(sum);
+            for (std::size_t p = 0; p < k; ++p) {
+              const double term = -0.5 * double{*av.block(i, p).data} * *bv.block(p, j).data;
+              sum += term;
+              magnitude += std::fabs(term);
+            }
+            worst = std::max(worst, std::fabs(one[i * stride + j] - sum) / magnitude);
           }
-          worst = std::max(worst, std::fabs(one[i * n + j] - sum) / magnitude);
+          for (std::size_t j = n; j < stride; ++j) {
+            gaps_kept &= one[i * stride + j] == start[i * stride + j];
+          }
         }
+        CHECK(worst <= 2 * (static_cast<double>(k) + 2) * std::numeric_limits<T>::epsilon());
+        CHECK(gaps_kept);
       }
-      CHECK(worst <= 2 * (static_cast<double>(k) + 2) * std::numeric_limits<T>::epsilon());
     }
   }
 }
