@@ -29,6 +29,10 @@ struct NarrowFaults {
   }
 };
 
+// Elements [begin, begin + out.size()) of a tensor converted to float32, as TensorView::read does
+// it, by the machine's own instructions where it has them.
+void widen(const TensorView& tensor, std::size_t begin, std::span<float> out);
+
 // Writes values as `dtype` (kF32, kF16 or kBF16) to out, which holds values.size() elements at any
 // alignment. Rounds to float32 first; values too small become subnormal or zero.
 NarrowFaults narrow(std::span<const double> values, Dtype dtype, std::byte* out);

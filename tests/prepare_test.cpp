@@ -1,6 +1,7 @@
 // What engine_prep does to the weights: against the plain model's logits, in float64.
 #include "cpu/prepare.h"
 
+#include <bit>
 #include <catch2/catch.hpp>
 #include <cmath>
 #include <functional>
@@ -131,6 +132,58 @@ TEST_CASE("narrowing rounds like the formats and counts what they cannot hold") 
   faults = narrow(std::vector<double>{1e30, std::nan(""), 1e20}, Dtype::kF16, out.data());
   CHECK(faults.count == 3);
   CHECK(std::isnan(faults.largest));
+}
+
+TEST_CASE("conversions of rows are those of the formats, bit for bit") {
+  // Every binary16, and around every one of them.
+  std::vector<std::uint16_t> halves(1 << 16);
+  for (std::size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<std::uint16_t>(i);
+  const TensorView tensor{
+      .dtype = Dtype::kF16, .shape = {halves.size()}, .data = std::as_bytes(std::span(halves))};
+  for (const std::size_t begin :
+       {std::size_t{0}, std::size_t{1}, std::size_t{63}, rng()() % 60000}) {
+    std::vector<float> expected(halves.size() - begin), actual(expected.size(), 7);
+    tensor.read(begin, expected);
+    widen(tensor, begin, actual);
+    std::size_t different = 0;
+    for (std::size_t i = 0; i < actual.size(); ++i) {
+      const bool nan = std::isnan(actual[i]) && std::isnan(expected[i]);
+      different += !nan && std::bit_cast<std::uint32_t>(actual[i]) !=
+                               std::bit_cast<std::uint32_t>(expected[i]);
+    }
+    CHECK(different == 0);
+
+    std::vector<float> finite;
+    for (const float value : expected) {
+      if (!(std::fabs(value) <= 65504)) continue;
+      finite.push_back(value);
+      finite.push_back(value * 1.0002f);  // 65504 becomes 65517, which rounds back
+    }
+    finite.push_back(std::nextafter(65520.0f, 0.0f));
+    std::vector<std::uint16_t> narrowed(finite.size());
+    const auto out = std::as_writable_bytes(std::span(narrowed));
+    CHECK(narrow(std::span<const float>(finite), Dtype::kF16, out.data()).count == 0);
+    different = 0;
+    for (std::size_t i = 0; i < finite.size(); ++i)
+      different += narrowed[i] != f32_to_f16(finite[i]);
+    CHECK(different == 0);
+
+    // One that does not fit, anywhere: the others are as before.
+    const std::size_t where = rng()() % finite.size();
+    for (const float bad : {65520.0f, -1e30f, std::numeric_limits<float>::infinity(),
+                            std::numeric_limits<float>::quiet_NaN()}) {
+      std::vector<float> damaged = finite;
+      damaged[where] = bad;
+      const NarrowFaults faults = narrow(std::span<const float>(damaged), Dtype::kF16, out.data());
+      CHECK(faults.count == 1);
+      CHECK((faults.largest == std::fabs(bad) || std::isnan(bad)));
+      different = 0;
+      for (std::size_t i = 0; i < damaged.size(); ++i) {
+        different += narrowed[i] != f32_to_f16(damaged[i]);
+      }
+      CHECK(different == 0);
+    }
+  }
 }
 
 TEST_CASE("the rotation inverts the float16 matrix, not the ideal one") {
