@@ -14,6 +14,8 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "cpu/disk_queue.h"
+#include "cpu/huge_pages.h"
 #include "cpu/int8_weights.h"
 #include "cpu/narrow.h"
 #include "cpu/reference_block.h"
@@ -23,9 +25,45 @@
 namespace infemeral {
 namespace {
 
-// A few blocks' worth is all that is held of a matrix in float64 or float32 at a time.
-constexpr std::size_t kBlockRows = 1024;  // of a matrix that reads the stream
-constexpr std::size_t kBlockCols = 1024;  // of one that writes it
+// A block is all that is held of a matrix in float64 or float32 at a time: so many rows of one that
+// reads the stream, or columns of one that writes it.
+constexpr std::size_t kBlock = 4096;
+
+// What stands in a file, in memory that may be larger.
+struct Block {
+  HugeArray<std::byte> memory;
+  std::size_t size;
+
+  std::byte* data() { return memory.data(); }
+};
+
+// Memory that is used again and again: from the system it comes cleared, which takes longer than
+// writing to it.
+class BlockPool {
+ public:
+  Block take(std::size_t size) {
+    {
+      const std::lock_guard lock(mutex_);
+      for (auto& memory : free_) {
+        if (memory.bytes() < size) continue;
+        std::swap(memory, free_.back());
+        Block block{std::move(free_.back()), size};
+        free_.pop_back();
+        return block;
+      }
+      if (!free_.empty()) free_.pop_back();  // a larger one comes in its place
+    }
+    return {HugeArray<std::byte>(size), size};
+  }
+  void give_back(Block block) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(block.memory));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<HugeArray<std::byte>> free_;
+};
 
 enum class Make {
   kZeros,      // the embedding that stock loaders expect
@@ -95,7 +133,8 @@ absl::StatusOr<std::vector<BodyTensor>> plan(const ModelConfig& config, const Sa
 }
 
 // Tensors one after the other into one file, or into shards of at most max_bytes (a tensor is never
-// cut) with an index as Hugging Face names them.
+// cut) with an index as Hugging Face names them. The disk is waited for by a thread of its own: an
+// error shows at a later call, at finish() at the latest.
 class ShardWriter {
  public:
   ShardWriter(std::filesystem::path folder, const std::vector<BodyTensor>& tensors, Dtype dtype,
@@ -124,6 +163,25 @@ class ShardWriter {
 
   // The next tensor begins; its bytes come through write().
   absl::Status begin_tensor() {
+    return queue_.add(0, [this] { return begin_now(); });
+  }
+  absl::Status write(Block block) {
+    const std::size_t size = block.size;
+    return queue_.add(size, [this, block = std::move(block)]() mutable {
+      absl::Status status = writer_->write({block.data(), block.size});
+      pool_.give_back(std::move(block));
+      return status;
+    });
+  }
+  BlockPool& pool() { return pool_; }
+
+  absl::Status finish() {
+    if (absl::Status s = queue_.add(0, [this] { return finish_now(); }); !s.ok()) return s;
+    return queue_.finish();
+  }
+
+ private:
+  absl::Status begin_now() {
     if (writer_ != nullptr && left_in_shard_ > 0) {
       --left_in_shard_;
       return absl::OkStatus();
@@ -139,9 +197,8 @@ class ShardWriter {
     ++next_shard_;
     return absl::OkStatus();
   }
-  absl::Status write(std::span<const std::byte> bytes) { return writer_->write(bytes); }
 
-  absl::Status finish() {
+  absl::Status finish_now() {
     if (absl::Status status = writer_->finish(); !status.ok() || shards_.size() == 1) return status;
     nlohmann::ordered_json map = nlohmann::ordered_json::object();
     for (std::size_t i = 0; i < shards_.size(); ++i) {
@@ -152,7 +209,6 @@ class ShardWriter {
     return write_new_file(folder_ / "model.safetensors.index.json", index.dump(2) + "\n", 0644);
   }
 
- private:
   std::string file_name(std::size_t shard) const {
     if (shards_.size() == 1) return "model.safetensors";
     return absl::StrFormat("model-%05d-of-%05d.safetensors", shard + 1, shards_.size());
@@ -163,14 +219,23 @@ class ShardWriter {
   std::size_t total_bytes_ = 0;
   std::unique_ptr<SafetensorsWriter> writer_;
   std::size_t next_shard_ = 0, left_in_shard_ = 0;
+  BlockPool pool_;
+  DiskQueue queue_;  // the last member: its thread uses the others
 };
 
-// Makes the tensors of a plan. Conversions and products run on all threads of the arena.
+// Makes the tensors of a plan, in T: sixteen bits, or eight, round more than float32 products do
+// (cpu/rotation.h). Conversions and products run on all threads of the arena.
+template <typename T>
 class Maker {
  public:
   Maker(const Rotation& rotation, const RotateBodyOptions& options, ShardWriter& writer,
         double total)
-      : rotation_(rotation), options_(options), writer_(writer), total_(total) {}
+      : rotation_(rotation),
+        options_(options),
+        writer_(writer),
+        total_(total),
+        w_(kBlock * rotation.hidden_size()),
+        folded_(kBlock * rotation.hidden_size()) {}
 
   absl::Status make(const BodyTensor& tensor) {
     faults_ = {};
@@ -191,10 +256,10 @@ class Maker {
         status = write_vector(tensor);
         break;
       case Make::kRead:
-        status = exact() ? fold_read<double>(tensor) : fold_read<float>(tensor);
+        status = fold_read(tensor);
         break;
       case Make::kWrite:
-        status = exact() ? fold_write<double>(tensor) : fold_write<float>(tensor);
+        status = fold_write(tensor);
         break;
     }
     if (!status.ok()) return status;
@@ -208,9 +273,6 @@ class Maker {
   }
 
  private:
-  // Sixteen bits, or eight, round more than float32 products do (cpu/rotation.h).
-  bool exact() const { return options_.dtype == Dtype::kF32; }
-
   absl::Status advance(std::size_t elements) {
     done_ += static_cast<double>(elements);
     if (options_.progress) options_.progress(done_, total_);
@@ -235,85 +297,84 @@ class Maker {
   }
 
   absl::Status write_values(std::span<const double> values) {
-    std::vector<std::byte> bytes(values.size() * dtype_bytes(dtype_));
+    Block bytes = writer_.pool().take(values.size() * dtype_bytes(dtype_));
     faults_.add(narrow(values, dtype_, bytes.data()));
-    if (absl::Status status = writer_.write(bytes); !status.ok()) return status;
+    if (absl::Status status = writer_.write(std::move(bytes)); !status.ok()) return status;
     return advance(values.size());
   }
 
   // Rows of W in blocks, each written as it is done.
-  template <typename T>
   absl::Status fold_read(const BodyTensor& tensor) {
     const std::size_t rows = tensor.shape[0], h = tensor.shape[1];
     std::vector<float> gain(h);
     tensor.gain.read(0, gain);
-    std::vector<T> w(kBlockRows * h), folded(kBlockRows * h);
     const std::size_t width = dtype_bytes(row_dtype_);
-    std::vector<std::byte> bytes(kBlockRows * h * width);
-    for (std::size_t first = 0; first < rows; first += kBlockRows) {
-      const std::size_t count = std::min(kBlockRows, rows - first);
+    for (std::size_t first = 0; first < rows; first += kBlock) {
+      const std::size_t count = std::min(kBlock, rows - first);
       each_row(count, [&](std::size_t r, std::vector<float>& scratch) {
         scratch.resize(h);
-        tensor.source.read((first + r) * h, scratch);
-        for (std::size_t i = 0; i < h; ++i) w[r * h + i] = T{scratch[i]} * gain[i];
+        widen(tensor.source, (first + r) * h, scratch);
+        T* row = w_.data() + r * h;
+        for (std::size_t i = 0; i < h; ++i) row[i] = T{scratch[i]} * gain[i];
       });
-      rotation_.fold_read(count, std::span<const T>(w).first(count * h),
-                          std::span(folded).first(count * h));
+      rotation_.fold_read(count, std::span<const T>(w_.data(), count * h),
+                          std::span(folded_.data(), count * h));
+      Block bytes = writer_.pool().take(count * h * width);
       each_row(count, [&](std::size_t r, std::vector<float>&) {
-        store(std::span<const T>(folded).subspan(r * h, h), bytes.data() + r * h * width);
+        store(std::span<const T>(folded_.data() + r * h, h), bytes.data() + r * h * width);
       });
-      const auto block = std::span(bytes).first(count * h * width);
-      if (absl::Status status = write_rows(first, h, block); !status.ok()) return status;
+      if (absl::Status status = write_rows(first, h, std::move(bytes)); !status.ok()) return status;
       if (absl::Status status = advance(count * h); !status.ok()) return status;
     }
     return write_scales();
   }
 
   // Columns of W in blocks; the file wants rows, so the result is gathered in its own dtype first.
-  template <typename T>
   absl::Status fold_write(const BodyTensor& tensor) {
     const std::size_t h = tensor.shape[0], cols = tensor.shape[1];
-    const std::size_t block_cols = std::min(kBlockCols, cols), width = dtype_bytes(row_dtype_);
-    std::vector<T> w(h * block_cols), folded(h * block_cols);
-    std::vector<std::byte> bytes(h * cols * width);
-    for (std::size_t first = 0; first < cols; first += block_cols) {
-      const std::size_t count = std::min(block_cols, cols - first);
+    const std::size_t width = dtype_bytes(row_dtype_);
+    Block bytes = writer_.pool().take(h * cols * width);
+    for (std::size_t first = 0; first < cols; first += kBlock) {
+      const std::size_t count = std::min(kBlock, cols - first);
       each_row(h, [&](std::size_t r, std::vector<float>& scratch) {
         scratch.resize(count);
-        tensor.source.read(r * cols + first, scratch);
-        std::copy(scratch.begin(), scratch.end(), w.data() + r * count);
+        widen(tensor.source, r * cols + first, scratch);
+        std::copy(scratch.begin(), scratch.end(), w_.data() + r * count);
       });
-      rotation_.fold_write(count, std::span<const T>(w).first(h * count),
-                           std::span(folded).first(h * count));
+      rotation_.fold_write(count, std::span<const T>(w_.data(), h * count),
+                           std::span(folded_.data(), h * count));
       each_row(h, [&](std::size_t r, std::vector<float>&) {
-        store(std::span<const T>(folded).subspan(r * count, count),
+        store(std::span<const T>(folded_.data() + r * count, count),
               bytes.data() + (r * cols + first) * width);
       });
       if (absl::Status status = advance(h * count); !status.ok()) return status;
     }
-    if (absl::Status status = write_rows(0, cols, bytes); !status.ok()) return status;
+    if (absl::Status status = write_rows(0, cols, std::move(bytes)); !status.ok()) return status;
     return write_scales();
   }
 
   // Whole rows of `cols` row_dtype_ elements, the first of them row `first` of the matrix.
-  absl::Status write_rows(std::size_t first, std::size_t cols, std::span<const std::byte> rows) {
-    if (dtype_ != Dtype::kI8) return writer_.write(rows);
+  absl::Status write_rows(std::size_t first, std::size_t cols, Block rows) {
+    if (dtype_ != Dtype::kI8) return writer_.write(std::move(rows));
     if (faults_.count > 0) return absl::OkStatus();  // make() says so
-    const std::size_t count = rows.size() / (cols * sizeof(float));
-    std::vector<std::byte> quantised(count * cols);
+    const std::size_t count = rows.size / (cols * sizeof(float));
+    Block quantised = writer_.pool().take(count * cols);
     each_row(count, [&](std::size_t r, std::vector<float>& scratch) {
       scratch.resize(cols);
       std::memcpy(scratch.data(), rows.data() + r * cols * sizeof(float), cols * sizeof(float));
       scales_[first + r] =
           quantise_weights(scratch, reinterpret_cast<std::int8_t*>(quantised.data() + r * cols));
     });
-    return writer_.write(quantised);
+    writer_.pool().give_back(std::move(rows));
+    return writer_.write(std::move(quantised));
   }
 
   absl::Status write_scales() {
     if (scales_.empty() || faults_.count > 0) return absl::OkStatus();
     if (absl::Status status = writer_.begin_tensor(); !status.ok()) return status;
-    return writer_.write(std::as_bytes(std::span(scales_)));
+    Block bytes = writer_.pool().take(scales_.size() * sizeof(float));
+    std::memcpy(bytes.data(), scales_.data(), bytes.size);
+    return writer_.write(std::move(bytes));
   }
 
   // work(row, scratch) for every row, in parallel; scratch is a thread's own.
@@ -325,7 +386,6 @@ class Maker {
     });
   }
 
-  template <typename T>
   void store(std::span<const T> values, std::byte* out) {
     const NarrowFaults faults = narrow(values, row_dtype_, out);
     if (faults.count == 0) return;
@@ -338,6 +398,7 @@ class Maker {
   ShardWriter& writer_;
   const double total_;
   double done_ = 0;
+  HugeArray<T> w_, folded_;  // a block of a matrix, before and after
   // Of the tensor that is being made: how it is stored, and in what its rows are gathered.
   Dtype dtype_ = Dtype::kF32, row_dtype_ = Dtype::kF32;
   std::vector<float> scales_;
@@ -345,19 +406,20 @@ class Maker {
   NarrowFaults faults_;
 };
 
-}  // namespace
-
-absl::StatusOr<std::size_t> rotate_body(const ModelConfig& config, const Safetensors& model,
-                                        const Rotation& rotation, const RotateBodyOptions& options,
-                                        const std::filesystem::path& folder, ModelHash& hash) {
+template <typename T>
+absl::StatusOr<std::size_t> rotate_in(const ModelConfig& config, const Safetensors& model,
+                                      const Rotation& rotation, const RotateBodyOptions& options,
+                                      const std::filesystem::path& folder, ModelHash& hash) {
   const auto tensors = plan(config, model);
   if (!tensors.ok()) return tensors.status();
   double total = 0;
   for (const BodyTensor& tensor : *tensors) total += static_cast<double>(tensor.elements());
 
   ShardWriter writer(folder, *tensors, options.dtype, options.max_shard_bytes);
-  Maker maker(rotation, options, writer, total);
-  for (const BodyTensor& tensor : *tensors) {
+  Maker<T> maker(rotation, options, writer, total);
+  for (std::size_t i = 0; i < tensors->size(); ++i) {
+    const BodyTensor& tensor = (*tensors)[i];
+    if (i + 1 < tensors->size()) model.prefetch((*tensors)[i + 1].source);
     if (absl::Status status = writer.begin_tensor(); !status.ok()) return status;
     if (tensor.make == Make::kZeros) {
       if (absl::Status status = maker.make(tensor); !status.ok()) return status;
@@ -372,6 +434,15 @@ absl::StatusOr<std::size_t> rotate_body(const ModelConfig& config, const Safeten
   }
   if (absl::Status status = writer.finish(); !status.ok()) return status;
   return writer.total_bytes();
+}
+
+}  // namespace
+
+absl::StatusOr<std::size_t> rotate_body(const ModelConfig& config, const Safetensors& model,
+                                        const Rotation& rotation, const RotateBodyOptions& options,
+                                        const std::filesystem::path& folder, ModelHash& hash) {
+  const auto rotate = options.dtype == Dtype::kF32 ? rotate_in<double> : rotate_in<float>;
+  return rotate(config, model, rotation, options, folder, hash);
 }
 
 }  // namespace infemeral

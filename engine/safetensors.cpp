@@ -487,6 +487,10 @@ void Safetensors::release_pages(const TensorView& tensor) const {
   advise(tensor, MADV_DONTNEED);
 }
 
+void Safetensors::prefetch(const TensorView& tensor) const {
+  advise(tensor, MADV_WILLNEED);
+}
+
 void Safetensors::expect_streaming(const TensorView& tensor) const {
   advise(tensor, MADV_HUGEPAGE);
 }
@@ -555,6 +559,7 @@ absl::Status SafetensorsWriter::write(std::span<const std::byte> bytes) {
   }
   remaining_ -= bytes.size();
   while (!bytes.empty()) {
+    if (buffer_.empty() && bytes.size() >= kWriteBufferBytes) return write_through(bytes);
     const std::size_t n = std::min(bytes.size(), kWriteBufferBytes - buffer_.size());
     buffer_.insert(buffer_.end(), bytes.begin(), bytes.begin() + static_cast<std::ptrdiff_t>(n));
     bytes = bytes.subspan(n);
@@ -565,14 +570,18 @@ absl::Status SafetensorsWriter::write(std::span<const std::byte> bytes) {
   return absl::OkStatus();
 }
 
-absl::Status SafetensorsWriter::flush() {
-  std::span<const std::byte> rest = buffer_;
-  while (!rest.empty()) {
-    const ssize_t n = ::write(fd_, rest.data(), rest.size());
+absl::Status SafetensorsWriter::write_through(std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t n = ::write(fd_, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return errno_status(errno, "cannot write", file_);
-    rest = rest.subspan(static_cast<std::size_t>(n));
+    bytes = bytes.subspan(static_cast<std::size_t>(n));
   }
+  return absl::OkStatus();
+}
+
+absl::Status SafetensorsWriter::flush() {
+  if (absl::Status status = write_through(buffer_); !status.ok()) return status;
   sodium_memzero(buffer_.data(), buffer_.size());
   buffer_.clear();
   return absl::OkStatus();
