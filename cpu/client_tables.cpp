@@ -1,7 +1,12 @@
 #include "cpu/client_tables.h"
 
+#include <oneapi/tbb/blocked_range.h>
+#include <oneapi/tbb/parallel_for.h>
+#include <oneapi/tbb/parallel_invoke.h>
+
 #include <algorithm>
 #include <cmath>
+#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
@@ -12,7 +17,8 @@
 namespace infemeral {
 namespace {
 
-constexpr std::size_t kBlockElements = 1 << 20;  // written as they are, at a time
+constexpr std::size_t kBlockElements = 1 << 22;  // written as they are, at a time
+constexpr std::size_t kGrain = 1 << 16;          // converted by a thread, at a time
 constexpr std::size_t kFoldRows = 1024;
 
 struct Part {
@@ -37,10 +43,18 @@ class TableWriter {
     NarrowFaults faults;
     for (std::size_t begin = 0; begin < elements; begin += step) {
       std::vector<float> values(std::min(step, elements - begin));
-      part.view->read(begin, values);
+      each_piece(values.size(), [&](std::size_t first, std::size_t count) {
+        widen(*part.view, begin + first, std::span(values).subspan(first, count));
+      });
       if (options_.fold != nullptr) values = fold(part, values);
-      std::vector<std::byte> bytes(values.size() * dtype_bytes(part.dtype));
-      faults.add(narrow(values, part.dtype, bytes.data()));
+      const std::size_t size = dtype_bytes(part.dtype);
+      std::vector<std::byte> bytes(values.size() * size);
+      each_piece(values.size(), [&](std::size_t first, std::size_t count) {
+        const NarrowFaults found = narrow(std::span<const float>(values).subspan(first, count),
+                                          part.dtype, bytes.data() + first * size);
+        const std::lock_guard lock(faults_mutex_);
+        faults.add(found);
+      });
       if (absl::Status status = writer_.write(bytes); !status.ok()) return status;
       done_ += static_cast<double>(values.size());
       if (options_.progress) options_.progress(done_, total_);
@@ -56,6 +70,13 @@ class TableWriter {
   }
 
  private:
+  // work(first, count) for pieces of n elements, in parallel.
+  template <typename Work>
+  static void each_piece(std::size_t n, const Work& work) {
+    tbb::parallel_for(tbb::blocked_range<std::size_t>(0, n, kGrain),
+                      [&](const auto& range) { work(range.begin(), range.size()); });
+  }
+
   // In float32: its error is lost in the rounding to float16 (cpu/rotation.h).
   std::vector<float> fold(const Part& part, std::vector<float>& values) const {
     const std::size_t width = gain_.size(), rows = values.size() / width;
@@ -74,6 +95,7 @@ class TableWriter {
   const double total_;
   double done_ = 0;
   std::vector<float> gain_;  // H
+  std::mutex faults_mutex_;
 };
 
 double norm(const std::vector<double>& x) {
@@ -130,8 +152,12 @@ absl::StatusOr<std::size_t> write_client_tables(const std::filesystem::path& fil
   for (const Part& part : parts) {
     // A model with one table has no tensor of the head's name.
     const bool own = !part.is_head || tables.lm_head.data.data() != tables.embed.data.data();
-    if (own) hash.add(part.source, *part.view);
-    if (absl::Status status = table_writer.write(part); !status.ok()) return status;
+    absl::Status status;
+    tbb::parallel_invoke([&] { status = table_writer.write(part); },
+                         [&] {
+                           if (own) hash.add(part.source, *part.view);
+                         });
+    if (!status.ok()) return status;
     model.release_pages(*part.view);
   }
   if (absl::Status status = (*writer)->finish(); !status.ok()) return status;

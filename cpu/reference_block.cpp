@@ -1,5 +1,8 @@
 #include "cpu/reference_block.h"
 
+#include <oneapi/tbb/blocked_range.h>
+#include <oneapi/tbb/parallel_for.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numbers>
@@ -9,6 +12,8 @@
 
 namespace infemeral {
 namespace {
+
+constexpr std::size_t kGrain = 16;  // rows of a matrix
 
 std::vector<double> values_of(const TensorView& tensor) {
   std::vector<float> values(tensor.elements());
@@ -21,15 +26,17 @@ std::vector<double> linear(const TensorView& weight, const TensorView& bias,
                            std::span<const double> x) {
   const std::size_t out = weight.shape[0], in = weight.shape[1], rows = x.size() / in;
   std::vector<double> y(rows * out);
-  std::vector<float> w(in);
-  for (std::size_t o = 0; o < out; ++o) {
-    weight.read(o * in, w);
-    for (std::size_t r = 0; r < rows; ++r) {
-      double sum = bias.data.empty() ? 0 : bias.at(o);
-      for (std::size_t i = 0; i < in; ++i) sum += x[r * in + i] * w[i];
-      y[r * out + o] = sum;
+  tbb::parallel_for(tbb::blocked_range<std::size_t>(0, out, kGrain), [&](const auto& range) {
+    std::vector<float> w(in);
+    for (std::size_t o = range.begin(); o != range.end(); ++o) {
+      weight.read(o * in, w);
+      for (std::size_t r = 0; r < rows; ++r) {
+        double sum = bias.data.empty() ? 0 : bias.at(o);
+        for (std::size_t i = 0; i < in; ++i) sum += x[r * in + i] * w[i];
+        y[r * out + o] = sum;
+      }
     }
-  }
+  });
   return y;
 }
 
