@@ -25,8 +25,10 @@ class HugeArray {
   const T* data() const { return values_.get(); }
   std::size_t bytes() const { return size_ * sizeof(T); }
 
-  // Overwrites them, for values that are secret.
-  void wipe() { sodium_memzero(data(), bytes()); }
+  // Overwrites them, for values that are secret. Also of one that was moved from, which has none.
+  void wipe() {
+    if (values_ != nullptr) sodium_memzero(data(), bytes());
+  }
 
  private:
   static constexpr std::size_t kPage = std::size_t{2} << 20;

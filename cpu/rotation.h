@@ -16,9 +16,9 @@
 
 #include <cstddef>
 #include <span>
-#include <vector>
 
 #include "absl/status/statusor.h"
+#include "cpu/huge_pages.h"
 #include "engine/cloak.h"
 
 namespace infemeral {
@@ -45,11 +45,12 @@ class Rotation {
   void rotate(std::size_t rows, std::span<const float> x, std::span<float> out) const;
 
  private:
-  Rotation() = default;
-  std::size_t n_ = 0;
-  std::vector<double> q_;                  // Q, row-major
-  std::vector<double> inverse_transpose_;  // Q^-T, row-major
-  std::vector<float> q_f32_, inverse_transpose_f32_;
+  explicit Rotation(std::size_t n)
+      : n_(n), q_(n * n), inverse_transpose_(n * n), q_f32_(n * n), inverse_transpose_f32_(n * n) {}
+  std::size_t n_;
+  HugeArray<double> q_;                  // Q, row-major
+  HugeArray<double> inverse_transpose_;  // Q^-T, row-major
+  HugeArray<float> q_f32_, inverse_transpose_f32_;
 };
 
 }  // namespace infemeral
