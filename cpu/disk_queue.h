@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <deque>
+#include <exception>
 #include <mutex>
 #include <stop_token>
 #include <thread>
@@ -14,7 +15,8 @@
 namespace infemeral {
 
 // Jobs run one after the other in the order in which they came; after one that fails none runs.
-// One thread adds them. When the queue is destroyed, jobs that have not begun never do.
+// One thread adds them. What a job throws is thrown by the next add() or finish(). When the queue
+// is destroyed, jobs that have not begun never do.
 class DiskQueue {
  public:
   using Job = absl::AnyInvocable<absl::Status()>;
@@ -37,12 +39,14 @@ class DiskQueue {
     Job job;
   };
   void run(const std::stop_token& stop);
+  absl::Status outcome() const;
 
   std::mutex mutex_;
   std::condition_variable_any changed_;
   std::deque<Entry> entries_;  // the first one is running
   std::size_t held_ = 0;       // bytes of all entries
   absl::Status status_;
+  std::exception_ptr thrown_;
   std::jthread thread_;  // the last member: it uses the others
 };
 

@@ -163,7 +163,22 @@ class ShardWriter {
 
   // The next tensor begins; its bytes come through write().
   absl::Status begin_tensor() {
-    return queue_.add(0, [this] { return begin_now(); });
+    if (left_in_shard_ > 0) {
+      --left_in_shard_;
+      return absl::OkStatus();
+    }
+    auto next = SafetensorsWriter::create(folder_ / file_name(next_shard_), shards_[next_shard_],
+                                          {{"format", "pt"}});
+    if (!next.ok()) return next.status();
+    left_in_shard_ = shards_[next_shard_].size() - 1;
+    ++next_shard_;
+    return queue_.add(0, [this, next = *std::move(next)]() mutable {
+      if (writer_ != nullptr) {
+        if (absl::Status status = writer_->finish(); !status.ok()) return status;
+      }
+      writer_ = std::move(next);
+      return absl::OkStatus();
+    });
   }
   absl::Status write(Block block) {
     const std::size_t size = block.size;
@@ -176,30 +191,8 @@ class ShardWriter {
   BlockPool& pool() { return pool_; }
 
   absl::Status finish() {
-    if (absl::Status s = queue_.add(0, [this] { return finish_now(); }); !s.ok()) return s;
-    return queue_.finish();
-  }
-
- private:
-  absl::Status begin_now() {
-    if (writer_ != nullptr && left_in_shard_ > 0) {
-      --left_in_shard_;
-      return absl::OkStatus();
-    }
-    if (writer_ != nullptr) {
-      if (absl::Status status = writer_->finish(); !status.ok()) return status;
-    }
-    auto writer = SafetensorsWriter::create(folder_ / file_name(next_shard_), shards_[next_shard_],
-                                            {{"format", "pt"}});
-    if (!writer.ok()) return writer.status();
-    writer_ = *std::move(writer);
-    left_in_shard_ = shards_[next_shard_].size() - 1;
-    ++next_shard_;
-    return absl::OkStatus();
-  }
-
-  absl::Status finish_now() {
-    if (absl::Status status = writer_->finish(); !status.ok() || shards_.size() == 1) return status;
+    if (absl::Status s = queue_.add(0, [this] { return writer_->finish(); }); !s.ok()) return s;
+    if (absl::Status s = queue_.finish(); !s.ok() || shards_.size() == 1) return s;
     nlohmann::ordered_json map = nlohmann::ordered_json::object();
     for (std::size_t i = 0; i < shards_.size(); ++i) {
       for (const auto& tensor : shards_[i]) map[tensor.name] = file_name(i);
@@ -209,6 +202,7 @@ class ShardWriter {
     return write_new_file(folder_ / "model.safetensors.index.json", index.dump(2) + "\n", 0644);
   }
 
+ private:
   std::string file_name(std::size_t shard) const {
     if (shards_.size() == 1) return "model.safetensors";
     return absl::StrFormat("model-%05d-of-%05d.safetensors", shard + 1, shards_.size());
@@ -217,8 +211,8 @@ class ShardWriter {
   std::filesystem::path folder_;
   std::vector<std::vector<SafetensorsWriter::Declaration>> shards_;
   std::size_t total_bytes_ = 0;
-  std::unique_ptr<SafetensorsWriter> writer_;
   std::size_t next_shard_ = 0, left_in_shard_ = 0;
+  std::unique_ptr<SafetensorsWriter> writer_;  // the queue's, as long as that runs
   BlockPool pool_;
   DiskQueue queue_;  // the last member: its thread uses the others
 };

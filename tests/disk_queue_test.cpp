@@ -53,10 +53,11 @@ TEST_CASE("after a job that fails none runs, and its error comes back") {
   CHECK(ran == 0);
 }
 
-TEST_CASE("what a job throws is an error of the queue") {
+TEST_CASE("what a job throws is thrown to the one who added it") {
   DiskQueue queue;
   REQUIRE(queue.add(1, []() -> absl::Status { throw std::bad_alloc(); }).ok());
-  CHECK(absl::IsResourceExhausted(queue.finish()));
+  CHECK_THROWS_AS(queue.finish(), std::bad_alloc);
+  CHECK_THROWS_AS(queue.add(1, [] { return absl::OkStatus(); }), std::bad_alloc);
 }
 
 TEST_CASE("a job that holds too much waits until it is alone, and then runs") {
