@@ -89,12 +89,12 @@ done
 step "thread sanitizer: build"
 # Not the tests that compute: oneTBB, which Debian builds without the sanitizer's hooks, hands work
 # over in ways that it does not see.
-network_tests=(corruption link link_hostile link_limits noise codec frames identity drain in_flight
-               padding parallel rekey resume scheduler)
+threaded_tests=(corruption link link_hostile link_limits noise codec frames identity drain in_flight
+                padding parallel rekey resume scheduler disk_queue)
 cmake --preset tsan
-cmake --build build/tsan --target "${network_tests[@]/%/_test}"
-step "thread sanitizer: network tests"
+cmake --build build/tsan --target "${threaded_tests[@]/%/_test}"
+step "thread sanitizer: tests"
 ctest --test-dir build/tsan --output-on-failure -j "$jobs" \
-  -R "^($(IFS='|'; echo "${network_tests[*]}"))\$"
+  -R "^($(IFS='|'; echo "${threaded_tests[*]}"))\$"
 
 step "all checks passed"
