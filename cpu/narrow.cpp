@@ -26,6 +26,10 @@ bool fits_f16(std::span<const float> values) {
   return largest < std::bit_cast<std::int32_t>(kOverflow);
 }
 
+bool holds_f16(const std::byte* data) {
+  return reinterpret_cast<std::uintptr_t>(data) % alignof(std::uint16_t) == 0;
+}
+
 template <typename T>
 NarrowFaults narrow_values(std::span<const T> values, Dtype dtype, std::byte* out) {
   NarrowFaults faults;
@@ -48,7 +52,9 @@ NarrowFaults narrow_values(std::span<const T> values, Dtype dtype, std::byte* ou
 }  // namespace
 
 void widen(const TensorView& tensor, std::size_t begin, std::span<float> out) {
-  if (tensor.dtype != Dtype::kF16) return tensor.read(begin, out);
+  if (tensor.dtype != Dtype::kF16 || !holds_f16(tensor.data.data())) {
+    return tensor.read(begin, out);
+  }
   const auto* values = reinterpret_cast<const std::uint16_t*>(tensor.data.data());
   kernels().from_f16(values + begin, out.size(), out.data());
 }
@@ -57,8 +63,7 @@ NarrowFaults narrow(std::span<const double> values, Dtype dtype, std::byte* out)
   return narrow_values(values, dtype, out);
 }
 NarrowFaults narrow(std::span<const float> values, Dtype dtype, std::byte* out) {
-  if (dtype == Dtype::kF16 && reinterpret_cast<std::uintptr_t>(out) % alignof(std::uint16_t) == 0 &&
-      fits_f16(values)) {
+  if (dtype == Dtype::kF16 && holds_f16(out) && fits_f16(values)) {
     kernels().to_f16(values.data(), values.size(), reinterpret_cast<std::uint16_t*>(out));
     return {};
   }
