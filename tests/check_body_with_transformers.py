@@ -59,6 +59,13 @@ def load_cloak(client: Path, size: int) -> torch.Tensor:
     return cloak
 
 
+def uncloak(rows: torch.Tensor, cloak: torch.Tensor) -> torch.Tensor:
+    """rows * Q^-1. Rounded to float16, Q is not quite orthogonal: one step of iterative refinement,
+    as the client takes where rows come in float32."""
+    plain = rows @ cloak.T
+    return plain + (rows - plain @ cloak) @ cloak.T
+
+
 @torch.inference_mode()
 def check(folder: Path, golden: dict) -> bool:
     client = load_file(folder / "client" / "client.safetensors")
@@ -82,7 +89,7 @@ def check(folder: Path, golden: dict) -> bool:
         ids = torch.tensor(prompt["input_ids"] + prompt["output_ids"][:-1])
         sent = embed[ids] @ cloak
         returned = body(inputs_embeds=sent[None], use_cache=False).last_hidden_state[0]
-        logits = (returned[-len(answer):] @ cloak.T * gain) @ head.T
+        logits = (uncloak(returned[-len(answer):], cloak) * gain) @ head.T
         for i in (logits.argmax(1) != answer).nonzero()[:, 0].tolist():
             tie = prompt["gaps"][i] < NEAR_TIE
             near_ties += tie
