@@ -102,7 +102,8 @@ def make_parser() -> Parser:
         help="Of weights and KV cache; auto is the checkpoint's")
     add("--decode", choices=("auto", "eager", "graph", "compile"), default="auto",
         help="How single rows run: layer by layer, as a CUDA graph, or as a CUDA graph of compiled "
-             "layers; auto is compile on one GPU, graph on several, eager on a CPU")
+             "layers; the last two have graphs for prompts too; auto is compile on one GPU, graph "
+             "on several, eager on a CPU")
     add("--max-batch", type=whole(1, 256), default=8, metavar="N",
         help="Sessions whose single rows run together (default: %(default)s)")
     add("--front", default="", metavar="PROGRAM",
