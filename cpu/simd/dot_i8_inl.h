@@ -12,7 +12,8 @@
 // where total() of all blocks, plus kDotOffset * (the sum of the state), is the product.
 // No include guard: it is a body, not an interface.
 
-#define INFEMERAL_INLINE inline __attribute__((always_inline))
+#define INFEMERAL_INLINED __attribute__((always_inline))  // of a lambda
+#define INFEMERAL_INLINE inline INFEMERAL_INLINED
 
 // N rows of W from memory against S states. With Ahead the next rows are fetched meanwhile.
 template <size_t N, size_t S, bool Ahead>
@@ -67,7 +68,7 @@ void dot_stream(const Int8Product& p) {
     for (size_t begin = 0; begin < p.k; begin += kDotBlock) {
       const size_t end = p.k - begin < kDotBlock ? p.k : begin + kDotBlock;
       Sum sum = no_sum();
-      const auto add_step = [&](size_t i) {
+      const auto add_step = [&](size_t i) INFEMERAL_INLINED {
         sum = add_product(sum, load_weights(w + i), load_state(y, i));
       };
       size_t i = begin;

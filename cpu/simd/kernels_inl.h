@@ -54,7 +54,7 @@ INFEMERAL_INLINE void multiply_tile(const float* a, size_t lda, const W* const (
   constexpr size_t kStep = A == kNone ? kLanes : kLineOf<W>;
   const size_t enough = kAheadBytes / sizeof(W);
   const size_t ahead = N * ldw > enough ? N * ldw : enough;
-  const auto add_vectors = [&](size_t i) {
+  const auto add_vectors = [&](size_t i) INFEMERAL_INLINED {
     Vec av[R];
     for (size_t r = 0; r < R; ++r) av[r] = load(a + r * lda + i);
     for (size_t j = 0; j < N; ++j) {
@@ -112,7 +112,7 @@ void matmul_stream(const Product& p) {
     Vec acc[kTileCols];
     for (size_t c = 0; c < kTileCols; ++c) {
       acc[c] = zero();
-      const auto add_vector = [&](size_t i) {
+      const auto add_vector = [&](size_t i) INFEMERAL_INLINED {
         acc[c] = fma(load(p.a + i), load(rows[c] + i), acc[c]);
       };
       size_t i = 0;
