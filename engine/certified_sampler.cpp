@@ -295,7 +295,7 @@ float CertifiedSampler::State::kth_largest() {
 }
 
 // top-p over the whole vocabulary: a band of the likeliest tokens is rescored, the mass of the rest
-// is bounded from above, bin by bin. The band grows until that mass does not matter to the cut.
+// is bounded from above, bin by bin. The band grows until that mass does not matter to the token.
 std::optional<std::int32_t> CertifiedSampler::State::finish_nucleus(const Rescore& rescore,
                                                                     HeadCounters& counters) {
   std::int32_t top_key = workers.front().histogram.top();
@@ -315,9 +315,9 @@ std::optional<std::int32_t> CertifiedSampler::State::finish_nucleus(const Rescor
 
   candidates.clear();
   std::size_t edge = 0;  // bins below it are the band
-  // Most cuts are clear with 1/256 of the mass unknown. A wider band costs rows, which even in
+  // Most tokens are clear with 1/128 of the mass unknown. A wider band costs rows, which even in
   // hundreds are cheap beside a pass of the full head.
-  for (double share : {0x1p-8, 0x1p-11, 0x1p-14, 0x1p-18}) {
+  for (double share : {0x1p-7, 0x1p-10, 0x1p-14, 0x1p-18}) {
     std::size_t wider = bins.size();
     double mass = 0;
     const std::size_t least = depth_of(static_cast<float>(likeliest)) + 1;

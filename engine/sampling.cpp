@@ -136,11 +136,17 @@ void keep_top_k(std::vector<Candidate>& candidates, std::size_t k) {
   keep_from(candidates, kth->score);
 }
 
-// The smallest set of largest scores whose probability reaches top_p, ties with the last one
-// included. Only as many candidates are put in order as the nucleus needs: a partial sort that
-// grows until it holds enough probability. False, and nothing removed, when the rest could move the
-// cut or hold a score of the nucleus.
-bool keep_top_p(std::vector<Candidate>& candidates, double top_p, float max, const Rest& rest) {
+// The least score of a nucleus: the smallest set of largest scores whose probability reaches top_p,
+// ties with the last one included.
+struct NucleusEnd {
+  float certain;   // if the rest has no mass
+  float possible;  // if it has all that it may have
+};
+
+// Only as many candidates are put in order as the nucleus needs: a partial sort that grows until it
+// holds enough probability. nullopt when the rest could hold a score of the nucleus.
+std::optional<NucleusEnd> find_nucleus(std::vector<Candidate>& candidates, double top_p, float max,
+                                       const Rest& rest) {
   std::uint64_t total = 0;
   for (const Candidate& c : candidates) total += probability_mass(c.score, max);
   const double enough = top_p * static_cast<double>(total);
@@ -148,7 +154,7 @@ bool keep_top_p(std::vector<Candidate>& candidates, double top_p, float max, con
 
   std::uint64_t inside = 0;
   std::size_t sorted = 0;
-  std::optional<float> cut;  // where the nucleus ends if the rest has no mass
+  std::optional<float> certain;
   for (std::size_t want = 64; sorted < candidates.size(); want *= 4) {
     const auto begin = candidates.begin() + static_cast<std::ptrdiff_t>(sorted);
     const std::size_t end = std::min(candidates.size(), want);
@@ -156,33 +162,31 @@ bool keep_top_p(std::vector<Candidate>& candidates, double top_p, float max, con
                       candidates.end(), larger);
     for (; sorted < end; ++sorted) {
       const float score = candidates[sorted].score;
-      if (cut && score < *cut) return false;
+      if (score <= rest.ceiling) return std::nullopt;
       inside += probability_mass(score, max);
-      if (!cut && static_cast<double>(inside) >= enough) {
-        if (score <= rest.ceiling) return false;
-        cut = score;
-      }
-      if (cut && static_cast<double>(inside) >= enough_with_rest) {
-        keep_from(candidates, *cut);
-        return true;
+      if (!certain && static_cast<double>(inside) >= enough) certain = score;
+      if (certain && static_cast<double>(inside) >= enough_with_rest) {
+        return NucleusEnd{*certain, score};
       }
     }
   }
-  return false;
+  return std::nullopt;
 }
 
-// Gumbel-max, or the plain maximum for a greedy request; of equals the lowest id.
-std::int32_t draw(std::span<const Candidate> candidates, const SampleRequest& request) {
-  std::int32_t best = -1;
+// Gumbel-max among the scores from `floor` on, or the plain maximum for a greedy request; of equals
+// the lowest id.
+Candidate draw(std::span<const Candidate> candidates, float floor, const SampleRequest& request) {
+  Candidate best = {0, -1};
   double best_score = 0;
   for (const Candidate& c : candidates) {
+    if (c.score < floor) continue;
     double score = c.score;
     if (!request.params.greedy()) {
       score +=
           gumbel_noise(request.params.seed, request.position, static_cast<std::uint32_t>(c.id));
     }
-    if (best < 0 || score > best_score || (score == best_score && c.id < best)) {
-      best = c.id;
+    if (best.id < 0 || score > best_score || (score == best_score && c.id < best.id)) {
+      best = c;
       best_score = score;
     }
   }
@@ -194,15 +198,25 @@ std::int32_t draw(std::span<const Candidate> candidates, const SampleRequest& re
 std::optional<std::int32_t> choose(std::vector<Candidate>& candidates, const SampleRequest& request,
                                    const Rest& rest) {
   const SamplingParams& params = request.params;
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  NucleusEnd end = {kNone, kNone};
+  float floor = kNone;
   if (!params.greedy()) {
     const float max = std::min_element(candidates.begin(), candidates.end(), larger)->score;
     if (params.top_k > 0) keep_top_k(candidates, static_cast<std::size_t>(params.top_k));
-    if (params.top_p < 1 && !keep_top_p(candidates, params.top_p, max, rest)) return std::nullopt;
+    if (params.top_p < 1) {
+      const auto found = find_nucleus(candidates, params.top_p, max, rest);
+      if (!found) return std::nullopt;
+      end = *found;
+    }
     // Commutes with top-k, as both keep a prefix of the order; before top-p it would change the
     // normaliser.
-    keep_from(candidates, min_p_floor(max, params.min_p));
+    floor = std::max(end.possible, min_p_floor(max, params.min_p));
   }
-  return draw(candidates, request);
+  // Who wins against all that the nucleus may hold, and is certainly one of it, is the winner.
+  const Candidate winner = draw(candidates, floor, request);
+  if (winner.score < end.certain) return std::nullopt;
+  return winner.id;
 }
 
 float largest_of(std::span<const float> values) {

@@ -99,9 +99,10 @@ struct Rest {
 };
 
 // The filters and the draw: the token that the whole row would give, from candidates that include
-// every token which the filters could keep. Only top-p without top-k asks about the rest; nullopt
-// when its cut depends on where in [0, rest.mass] the rest's mass lies. Then the candidates are in
-// another order and complete; else they are used up. At least one candidate, none with a NaN.
+// every token which the filters could keep. Only top-p without top-k asks about the rest: nullopt
+// when the token depends on where in [0, rest.mass] the rest's mass lies, or when a score of the
+// rest may be in the nucleus. Then the candidates are in another order and complete. At least one
+// candidate, none with a NaN.
 std::optional<std::int32_t> choose(std::vector<Candidate>& candidates, const SampleRequest& request,
                                    const Rest& rest);
 

@@ -147,36 +147,77 @@ TEST_CASE("what is kept does not depend on the order in which candidates come") 
     if (round % 2 == 0) request.params.top_k = 50;
     std::vector<Candidate> shuffled = candidates;
     std::shuffle(shuffled.begin(), shuffled.end(), rng());
-    const auto token = choose(candidates, request, {});
-    CHECK(token == choose(shuffled, request, {}));
-    const auto by_id = [](const Candidate& a, const Candidate& b) { return a.id < b.id; };
-    std::sort(candidates.begin(), candidates.end(), by_id);
-    std::sort(shuffled.begin(), shuffled.end(), by_id);
-    REQUIRE(candidates.size() == shuffled.size());
-    for (std::size_t i = 0; i < shuffled.size(); ++i) CHECK(candidates[i].id == shuffled[i].id);
+    CHECK(choose(candidates, request, {}) == choose(shuffled, request, {}));
   }
 }
 
-TEST_CASE("a nucleus that the rest could move is not chosen from") {
+TEST_CASE("a token that the rest could change is not chosen") {
   // Probabilities 0.5, 0.3, 0.2 before the rest's.
   const std::vector<Candidate> all = {
       {std::log(0.3f), 7}, {std::log(0.5f), 3}, {std::log(0.2f), 9}};
   const auto mass = [](double share) { return static_cast<std::uint64_t>(share / 0.5 * 0x1p40); };
-  SampleRequest request{.params = {.temperature = 1, .top_p = 0.7f}};
-  std::vector<Candidate> candidates = all;
-  // 0.7 of 1.1 is 0.77 < 0.8: the cut stays after two.
-  CHECK(choose(candidates, request, {.ceiling = -3, .mass = mass(0.1)}));
-  CHECK(candidates.size() == 2);
-  // 0.7 of 1.2 is 0.84: it may lie after three.
-  candidates = all;
-  CHECK(!choose(candidates, request, {.ceiling = -3, .mass = mass(0.2)}));
-  CHECK(candidates.size() == 3);
-  // A token of the rest could be as likely as the last one inside.
-  CHECK(!choose(candidates, request, {.ceiling = std::log(0.3f), .mass = mass(0.1)}));
-  CHECK(candidates.size() == 3);
-  // Without top-p the rest does not matter.
-  request.params.top_p = 1;
-  CHECK(choose(candidates, request, {.ceiling = 0, .mass = mass(5)}));
+  const auto chosen = [&](float top_p, std::uint64_t seed, const Rest& rest) {
+    std::vector<Candidate> candidates = all;
+    const auto token =
+        choose(candidates, {.params = {.temperature = 1, .top_p = top_p, .seed = seed}}, rest);
+    if (!token) CHECK(candidates.size() == all.size());
+    return token;
+  };
+  int refused = 0;
+  for (std::uint64_t seed = 0; seed < 300; ++seed) {
+    const auto of_two = chosen(0.7f, seed, {}), of_three = chosen(0.9f, seed, {});
+    REQUIRE((of_two && of_two != 9 && of_three));
+    // 0.7 of 1.1 is 0.77 < 0.8: the cut stays after two.
+    CHECK(chosen(0.7f, seed, {.ceiling = -3, .mass = mass(0.1)}) == of_two);
+    // 0.7 of 1.2 is 0.84: it may lie after three, which matters when the third would win.
+    const auto either = chosen(0.7f, seed, {.ceiling = -3, .mass = mass(0.2)});
+    CHECK(either == (of_three == 9 ? std::nullopt : of_two));
+    refused += either ? 0 : 1;
+    // A token of the rest could be as likely as the last one inside.
+    CHECK(!chosen(0.7f, seed, {.ceiling = std::log(0.3f), .mass = mass(0.1)}));
+    // 0.7 of 1.5 is more than all three have.
+    CHECK(!chosen(0.7f, seed, {.ceiling = -3, .mass = mass(0.5)}));
+    // Without top-p the rest does not matter.
+    CHECK(chosen(1, seed, {.ceiling = 0, .mass = mass(5)}));
+  }
+  CHECK((refused > 20 && refused < 120));  // 60 are expected
+}
+
+TEST_CASE("a part of the tokens gives the token of all, or none") {
+  std::size_t shown = 0, cases = 0;
+  for (int round = 0; round < 4000; ++round) {
+    const double spread = std::uniform_real_distribution<double>(0.1, 4)(rng());
+    std::vector<Candidate> all, some;
+    float max = -HUGE_VALF;
+    for (float score : normals(1 + rng()() % 400, spread)) {
+      if (round % 5 == 0) score = std::round(score * 2) / 2;
+      all.push_back({score, static_cast<std::int32_t>(all.size())});
+      max = std::max(max, score);
+    }
+    const float edge =
+        max - std::uniform_real_distribution<float>(0, static_cast<float>(4 * spread))(rng());
+    Rest rest;
+    for (const Candidate& c : all) {
+      if (c.score >= edge) {
+        some.push_back(c);
+      } else {
+        rest.ceiling = std::max(rest.ceiling, c.score);
+        rest.mass += probability_mass(c.score, max);
+      }
+    }
+    rest.mass += static_cast<std::uint64_t>(  // a bound, not the truth
+        static_cast<double>(rest.mass) * std::uniform_real_distribution<double>(0, 0.5)(rng()));
+    SampleRequest request{.params = {.temperature = 1}};
+    request.params.top_p = std::uniform_real_distribution<float>(0.05f, 0.999f)(rng());
+    if (round % 3 == 0) request.params.min_p = 0.1f;
+    request.params.seed = rng()();
+    const auto token = choose(some, request, rest);
+    ++cases;
+    if (!token) continue;
+    ++shown;
+    CHECK(token == choose(all, request, {}));
+  }
+  CHECK((shown > cases / 10 && shown < cases));
 }
 
 TEST_CASE("flat and extreme logits do not break the filters") {
