@@ -22,6 +22,7 @@
 #include "engine/pipeline.h"
 #include "engine/sampling.h"
 #include "engine/text.h"
+#include "perf/recording_link.h"
 #include "tools/backend_select.h"
 #include "tools/endpoint.h"
 
@@ -37,29 +38,6 @@ T value(absl::StatusOr<T> result) {
   if (!result.ok()) fail(std::string(result.status().message()));
   return *std::move(result);
 }
-
-// Remembers the last row that came back.
-class RecordingLink final : public Link {
- public:
-  explicit RecordingLink(Link& link) : link_(link) {}
-  absl::StatusOr<SessionInfo> open_session(std::stop_token stop) override {
-    return link_.open_session(stop);
-  }
-  absl::Status step(const StepRequest& request, std::stop_token stop, StepReply& reply,
-                    PhaseTimes& times) override {
-    const absl::Status status = link_.step(request, stop, reply, times);
-    if (status.ok() && !reply.tensor.empty()) row = reply.tensor;
-    return status;
-  }
-  void close_session(std::uint64_t session) override { link_.close_session(session); }
-  LinkCounters counters() const override { return link_.counters(); }
-  std::string cipher() const override { return link_.cipher(); }
-
-  std::vector<std::byte> row;
-
- private:
-  Link& link_;
-};
 
 // One backend with a body of its own.
 struct Side {
