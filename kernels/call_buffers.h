@@ -31,10 +31,10 @@ struct CallBuffers {
   Array<std::uint32_t> seen;  // kMaxRows x seen_words: the mailbox's, copied by decode
 
   // de_embed, sample
-  Array<std::byte> planes;        // plane_bytes(kMaxRows, stride): states as int8 planes
-  Array<float> lower, upper;      // kMaxRows x score_stride(V); lower: empty unless certified
-  Array<ScoredToken> candidates;  // kMaxRows x kMaxCandidates; empty unless certified
-  Array<std::int32_t> tokens;     // kMaxRows: what was chosen, for the next embedding
+  Array<std::byte> planes;      // plane_bytes(kMaxRows, stride): states as int8 planes
+  Array<float> lower, upper;    // kMaxRows x score_stride(V); lower: empty unless certified
+  Array<Candidate> candidates;  // kMaxRows x kMaxCandidates
+  Array<std::int32_t> tokens;   // kMaxRows: what was chosen, for the next embedding
 
   Split planes_of_rows() const { return {split.data(), units.data()}; }
 };

@@ -11,26 +11,37 @@ namespace infemeral::cuda {
 // The larger score; of equals the lower id.
 struct Choice {
   double score;
-  int id;
+  int place;  // twice its id, and one more if the filters do not certainly keep it; -1: none
 };
 __device__ inline Choice from_lane_xor(const Choice& c, int offset) {
-  return {cuda::from_lane_xor(c.score, offset), cuda::from_lane_xor(c.id, offset)};
+  return {cuda::from_lane_xor(c.score, offset), cuda::from_lane_xor(c.place, offset)};
 }
 __device__ inline Choice better(const Choice& a, const Choice& b) {
-  if (b.id < 0) return a;
-  return a.id >= 0 && (a.score > b.score || (a.score == b.score && a.id < b.id)) ? a : b;
+  if (b.place < 0) return a;
+  return a.place >= 0 && (a.score > b.score || (a.score == b.score && a.place < b.place)) ? a : b;
 }
 
-// This thread's part of what lies beyond the band that the candidates come from: bin threadIdx.x.
-__device__ inline Rest rest_in(const Bin& bin, std::uint32_t edge, float max) {
-  if (threadIdx.x < edge || threadIdx.x >= kBins - 1 || bin.upper_ends == 0) return no_rest();
-  const float ceiling = from_ordered(bin.ceiling);
-  // One unit a token: exp is not known to be monotone to the last bit.
-  return {ceiling, bin.upper_ends * (probability_mass(ceiling, max) + 1)};
+// What is known about the tokens that are no candidates, whose mass a row's state has in units of
+// exp(top); `max` is the largest candidate's score.
+__device__ inline Rest rest_below(float max, float top, unsigned long long mass,
+                                  std::uint32_t ceiling) {
+  if (mass == 0) return no_rest();
+  // What is added pays for the roundings; both are finite, and top is at most max.
+  const float unit = expf(top - max) * (1 + 0x1p-15f);
+  return {from_ordered(ceiling),
+          static_cast<unsigned long long>(static_cast<double>(mass) * unit) + 1};
 }
 
-// The token, or -1 when tokens that are not among the items could change it: rest(max) is this
-// thread's part of those. Called by the whole block.
+// Candidates bring their noise; of all tokens, those that are kept need it.
+__device__ inline double noise_of(const Candidates& items, const RowRequest&, int i) {
+  return items.noise(i);
+}
+__device__ inline double noise_of(const Everything& items, const RowRequest& request, int i) {
+  return gumbel_noise(request, items.id(i));
+}
+
+// The token, or -1 when tokens that are not among the items could change it: rest(max) is what is
+// known about those. Called by the whole block.
 template <typename Items, typename RestBelow>
 __device__ int choose_from(Items items, const RowRequest& request, const RestBelow& rest) {
   const bool greedy = request.selection == Selection::kGreedy;
@@ -39,32 +50,39 @@ __device__ int choose_from(Items items, const RowRequest& request, const RestBel
   for (int i = threadIdx.x; i < items.n; i += blockDim.x) max = fmaxf(max, items.score(i));
   max = block_reduce(max, -HUGE_VALF, Max());
 
-  float floor = -HUGE_VALF;
-  const bool filters = request.top_k > 0 || request.top_p < 1;
-  if (!greedy && isfinite(max)) {
-    if (filters) items.know_max(max);
-    const Filtered kept = !filters          ? Filtered{}
-                          : items.n <= kFew ? filter_few(items, request, rest(max))
-                                            : filter_many(items, request, max, rest(max));
-    if (kept.rest.mass > 0) {
-      const double enough = request.top_p * static_cast<double>(kept.total + kept.rest.mass);
-      if (kept.floor <= kept.rest.ceiling || static_cast<double>(kept.inside) < enough) return -1;
-    }
-    floor = fmaxf(kept.floor, max + logf(request.min_p));  // ln 0 is minus infinity
+  const bool draws = !greedy && isfinite(max);
+  const bool filters = draws && (request.top_k > 0 || request.top_p < 1);
+  const float floor = greedy  ? max
+                      : draws ? max + logf(request.min_p)  // ln 0 is minus infinity
+                              : -HUGE_VALF;
+  const Rest left = filters ? rest(max) : no_rest();
+  const Few* few = nullptr;
+  Filtered filtered;
+  if (filters && items.n <= kFew) {
+    few = &share_few(items, request, max);
+  } else if (filters) {
+    items.know_max(max);
+    filtered = filter_many(items, request, max, left);
   }
 
+  // Who wins against all that may be kept, and certainly is, is the winner.
   Choice best = {0, -1};
 #pragma unroll 1
-  for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
+  for (int place = threadIdx.x; place < (few == nullptr ? items.n : few->n); place += blockDim.x) {
+    const int i = few == nullptr ? place : few->items[place];
     const float score = items.score(i);
-    if (isnan(score) || score < floor || (greedy && score < max)) continue;
-    const int id = items.id(i);
-    Choice own = {score, id};
-    if (!greedy && isfinite(max)) own.score += gumbel_noise(request, id);
+    if (isnan(score)) continue;
+    const Kept kept = few == nullptr ? filtered.of(score) : kept_of_few(*few, place, request, left);
+    // Below min-p's floor, an item can still tell that the rest has kept ones; these may be above.
+    if (kept == Kept::kNo || (score < floor && kept != Kept::kUnknown)) continue;
+    Choice own = {score, 2 * items.id(i) + (kept != Kept::kYes ? 1 : 0)};
+    if (draws) own.score += noise_of(items, request, i);
+    if (kept == Kept::kUnknown) own.score = HUGE_VAL;
     best = better(own, best);
   }
-  const int token = block_reduce(best, Choice{0, -1}, better).id;
-  return token < 0 ? 0 : token;  // nothing but NaN: as the CPU, the first
+  const int place = block_reduce(best, Choice{0, -1}, better).place;
+  if (place < 0) return 0;  // nothing but NaN: as the CPU, the first
+  return place % 2 == 0 ? place / 2 : -1;
 }
 
 // More would not pay, where they must be rescored.

@@ -183,7 +183,7 @@ class CudaClientBackend final : public ClientBackend {
     for (int i = 0; i < m; ++i) {
       const Selection selection = mailbox_.write_request(i, requests[i]).selection;
       if (mode_ == HeadMode::kInt8) continue;  // one kernel for all selections
-      key.scans |= needs_all_scores(selection);
+      key.scans |= needs_scan(selection);
       key.chooses |= selection != Selection::kGreedy;
     }
     mailbox_.write_rows(rows);

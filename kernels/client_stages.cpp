@@ -184,7 +184,7 @@ absl::Status ClientStages::choose_full(int i, const RowRequest& request) const {
   args.known = true;
   INFEMERAL_CUDA(forget_candidates(stage(), args.rows));
   INFEMERAL_RETURN(de_embed_full(i, 1));
-  return sample(args, needs_all_scores(request.selection), request.selection != Selection::kGreedy);
+  return sample(args, needs_scan(request.selection), request.selection != Selection::kGreedy);
 }
 
 absl::Status ClientStages::choose_among_all(int i) const {

@@ -24,7 +24,7 @@ namespace infemeral::cuda {
 struct HeadKey {
   int rows = 1;
   WireDtype dtype = WireDtype::kF16;
-  bool scans = false;    // a row's sampling needs all scores
+  bool scans = false;    // a row asks for top-k
   bool chooses = false;  // a row is not greedy
   auto operator<=>(const HeadKey&) const = default;
 };

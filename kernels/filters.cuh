@@ -43,14 +43,15 @@ __device__ INFEMERAL_ONE_COPY unsigned long long probability_mass(float score, f
 
 // Items to choose from: score, probability_mass below their maximum, id.
 struct Candidates {                     // those that select left; the first kCached are at hand
-  static constexpr int kCached = 2048;  // in 32 KB: a block has 64 on the oldest devices
-  const ScoredToken* items;
+  static constexpr int kCached = 1024;  // in 24 KB: a block has 64 on the oldest devices
+  const Candidate* items;
   int n;
-  const ScoredToken* cached;
+  const Candidate* cached;
   unsigned long long* masses;
   float max;
   __device__ float score(int i) const { return i < kCached ? cached[i].score : items[i].score; }
   __device__ int id(int i) const { return i < kCached ? cached[i].id : items[i].id; }
+  __device__ double noise(int i) const { return i < kCached ? cached[i].noise : items[i].noise; }
   __device__ unsigned long long mass(int i) const {
     return i < kCached ? masses[i] : probability_mass(items[i].score, max);
   }
@@ -74,8 +75,8 @@ struct Everything {  // all tokens
 };
 
 struct Cut {
-  float score;                // the least score that is in
-  unsigned long long inside;  // the weight of all that are in
+  float score;               // the least score that is in
+  unsigned long long above;  // the weight of all that are larger
 };
 
 // What a block of cut_at shares, whatever the items: memory that is asked for once.
@@ -127,7 +128,7 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
     return sum;
   };
   if (threadIdx.x == 0) n_listed = 0;
-  unsigned long long before = 0, last = 0;
+  unsigned long long before = 0;
   int depth = 0;
   std::uint32_t prefix = 0;
 #pragma unroll 1
@@ -166,7 +167,6 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
     }
     __syncthreads();
     before = memory.above;
-    last = weight_at(chosen);
     if (shift < 32) {
       prefix |= static_cast<std::uint32_t>(255 - chosen) << shift;
       __syncthreads();
@@ -191,7 +191,7 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
         if (listed[i] == score) equal += listed_weight[i];
       }
       if (static_cast<double>(larger) < enough && static_cast<double>(larger + equal) >= enough) {
-        memory.found = {score, larger + equal};
+        memory.found = {score, larger};
       }
     }
     __syncthreads();
@@ -199,7 +199,7 @@ __device__ Cut cut_at(const Items& items, float floor, float max, double enough,
     __syncthreads();
     return cut;
   }
-  return {from_ordered(prefix), before + last};
+  return {from_ordered(prefix), before};
 }
 
 // What is known about the tokens that are not among the items (engine/sampling.h's Rest).
@@ -211,31 +211,30 @@ __device__ inline Rest no_rest() {
   return {-HUGE_VALF, 0};
 }
 
-// What top-k and top-p keep: all scores from `floor` on.
+// What top-k and top-p say of an item. Where a nucleus ends depends on how much of the mass that
+// the rest may have it has.
+enum class Kept {
+  kNo,
+  kPerhaps,
+  kYes,
+  kUnknown  // it may be kept, and then so may some of the rest
+};
+
 struct Filtered {
-  float floor = -HUGE_VALF;
-  unsigned long long total = 0;   // the probability of what top-k kept
-  unsigned long long inside = 0;  // and of what top-p kept of it
-  Rest rest = no_rest();          // of the whole block
+  float floor = -HUGE_VALF;    // the least score that may be kept
+  float certain = -HUGE_VALF;  // the least one that is; infinite: the rest may have kept ones
+  __device__ Kept of(float score) const {
+    return score < floor          ? Kept::kNo
+           : certain == HUGE_VALF ? Kept::kUnknown
+           : score < certain      ? Kept::kPerhaps
+                                  : Kept::kYes;
+  }
 };
 
-// What the threads of a block know together.
-struct Totals {
-  unsigned long long kept;
-  Rest rest;
-};
-__device__ inline Totals from_lane_xor(const Totals& t, int offset) {
-  return {from_lane_xor(t.kept, offset),
-          {from_lane_xor(t.rest.ceiling, offset), from_lane_xor(t.rest.mass, offset)}};
-}
-__device__ inline Totals totals_in_block(const Totals& own) {
-  const auto add = [](const Totals& a, const Totals& b) -> Totals {
-    return {a.kept + b.kept, {fmaxf(a.rest.ceiling, b.rest.ceiling), a.rest.mass + b.rest.mass}};
-  };
-  return block_reduce(own, Totals{0, no_rest()}, add);
+__device__ inline double enough_of(const RowRequest& request, unsigned long long mass) {
+  return request.top_p * static_cast<double>(mass);
 }
 
-// `rest` is this thread's part of it.
 template <typename Items>
 __device__ Filtered filter_many(const Items& items, const RowRequest& request, float max,
                                 const Rest& rest) {
@@ -244,94 +243,95 @@ __device__ Filtered filter_many(const Items& items, const RowRequest& request, f
     kept.floor = cut_at(items, kept.floor, max, request.top_k, [](int) { return 1ull; }).score;
   }
   if (request.top_p >= 1) return kept;
-  Totals totals = {0, rest};
+  unsigned long long total = 0;  // of what top-k keeps
   for (int i = threadIdx.x; i < items.n; i += blockDim.x) {
-    if (items.score(i) >= kept.floor) totals.kept += items.mass(i);
+    if (items.score(i) >= kept.floor) total += items.mass(i);
   }
-  totals = totals_in_block(totals);
-  kept.total = totals.kept;
-  kept.rest = totals.rest;
-  const auto mass = [&](int i) { return items.mass(i); };
-  const Cut cut =
-      cut_at(items, kept.floor, max, request.top_p * static_cast<double>(kept.total), mass);
-  kept.floor = cut.score;
-  kept.inside = cut.inside;
+  total = block_reduce(total, 0ull, Sum());
+  const double enough = enough_of(request, total);
+  const double enough_with_rest = enough_of(request, total + rest.mass);
+  const float least = kept.floor;
+  if (static_cast<double>(total) < enough_with_rest) return {-HUGE_VALF, HUGE_VALF};
+  kept.floor = HUGE_VALF;
+#pragma unroll 1
+  for (double wanted = enough_with_rest;; wanted = enough) {
+    const Cut cut = cut_at(items, least, max, wanted, [&](int i) { return items.mass(i); });
+    kept = {fminf(kept.floor, cut.score), cut.score};
+    if (static_cast<double>(cut.above) < enough) break;
+  }
+  if (kept.floor <= rest.ceiling) kept.certain = HUGE_VALF;
   return kept;
 }
 
-// The same for so few that it can be counted what goes before each: they are sorted then.
+// The same for so few items that each can be compared with all.
 inline constexpr int kFew = 512;
+struct alignas(16) Few {  // those that top-k keeps, in any order
+  unsigned long long masses[kFew];
+  float scores[kFew];  // up to a multiple of four there follow minus infinity, and no mass
+  int items[kFew];
+  int n;
+};
+
+// For the whole block. NaN becomes minus infinity.
 template <typename Items>
-__device__ Filtered filter_few(const Items& items, const RowRequest& request, const Rest& rest) {
-  __shared__ float4 given[kFew / 4];
-  __shared__ float sorted[kFew];
-  __shared__ unsigned long long sums[kFew];  // of the masses down to each
-  __shared__ float floor;
-  __shared__ unsigned long long inside;
-  const int n = items.n;
-  const auto exists = [&](int i) { return i < n && !isnan(items.score(i)); };
+__device__ const Few& share_few(const Items& items, const RowRequest& request, float max) {
+  __shared__ Few few;
+  __shared__ float4 all[kFew / 4];
+  const int n = items.n, k = request.top_k;
+  const bool limited = k > 0 && k < n;
+  if (threadIdx.x == 0) few.n = limited ? 0 : n;
 #pragma unroll 1
-  for (int own = threadIdx.x; own < kFew; own += blockDim.x) {
-    reinterpret_cast<float*>(given)[own] = exists(own) ? items.score(own) : -HUGE_VALF;
+  for (int i = threadIdx.x; i < (n + 3) / 4 * 4; i += blockDim.x) {
+    const bool exists = i < n && !isnan(items.score(i));
+    reinterpret_cast<float*>(all)[i] = exists ? items.score(i) : -HUGE_VALF;
+    few.scores[i] = -HUGE_VALF;
+    few.masses[i] = 0;
   }
-  __syncthreads();
+  if (limited) __syncthreads();
 #pragma unroll 1
-  for (int own = threadIdx.x; own < kFew; own += blockDim.x) {
-    const float score = reinterpret_cast<const float*>(given)[own];
-    const int warp = own / kWarp * kWarp;  // whose items are told apart one by one
-    int place = own;                       // of what is not an item: where it is, behind the others
-    if (own < n) {
-      place = 0;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const float own = reinterpret_cast<float*>(all)[i];
+    int place = i;
+    if (limited) {
+      int larger = 0;
 #pragma unroll 2
-      for (int i = 0; i < warp; i += 4) {
-        const float4 s = given[i / 4];
-        place += (s.x >= score) + (s.y >= score) + (s.z >= score) + (s.w >= score);
+      for (int j = 0; j < n; j += 4) {
+        const float4 s = all[j / 4];
+        larger += (s.x > own) + (s.y > own) + (s.z > own) + (s.w > own);
       }
-#pragma unroll 4
-      for (int i = warp; i < warp + kWarp; ++i) {
-        const float s = reinterpret_cast<const float*>(given)[i];
-        place += s > score || (s == score && i < own);
-      }
+      if (larger >= k) continue;
+      place = atomicAdd(&few.n, 1);
+    }
+    few.scores[place] = own;
+    few.masses[place] = request.top_p < 1 ? probability_mass(own, max) : 0;
+    few.items[place] = i;
+  }
+  __syncthreads();
+  return few;
+}
+
+// An item is in the nucleus unless the larger ones have enough without it.
+__device__ inline Kept kept_of_few(const Few& few, int place, const RowRequest& request,
+                                   const Rest& rest) {
+  if (request.top_p >= 1) return Kept::kYes;
+  const float own = few.scores[place];
+  const auto* scores = reinterpret_cast<const float4*>(few.scores);
+  const auto* masses = reinterpret_cast<const ulonglong2*>(few.masses);
+  unsigned long long total = 0, larger = 0;
 #pragma unroll 2
-      for (int i = warp + kWarp; i < n; i += 4) {
-        const float4 s = given[i / 4];
-        place += (s.x > score) + (s.y > score) + (s.z > score) + (s.w > score);
-      }
-    }
-    sorted[place] = score;
-    sums[place] = exists(own) && request.top_p < 1 ? items.mass(own) : 0;
+  for (int j = 0; j < few.n; j += 4) {
+    const float4 s = scores[j / 4];
+    const ulonglong2 low = masses[j / 2], high = masses[j / 2 + 1];
+    total += (low.x + low.y) + (high.x + high.y);
+    larger += ((s.x > own ? low.x : 0) + (s.y > own ? low.y : 0)) +
+              ((s.z > own ? high.x : 0) + (s.w > own ? high.y : 0));
   }
-  __syncthreads();
-  Filtered kept;
-  if (request.top_k > 0 && request.top_k < n) kept.floor = sorted[request.top_k - 1];
-  if (request.top_p >= 1) return kept;
-  Totals totals = {0, rest};
-#pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    if (sorted[i] >= kept.floor) totals.kept += sums[i];
+  const double enough_with_rest = enough_of(request, total + rest.mass);
+  if (static_cast<double>(larger) >= enough_with_rest) return Kept::kNo;
+  if (own <= rest.ceiling || static_cast<double>(total) < enough_with_rest) {
+    return Kept::kUnknown;
   }
-  totals = totals_in_block(totals);
-  kept.total = totals.kept;
-  kept.rest = totals.rest;
-  running_sums<kFew>(sums);
-  const double enough = request.top_p * static_cast<double>(kept.total);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    if (static_cast<double>(sums[i]) >= enough &&
-        (i == 0 || static_cast<double>(sums[i - 1]) < enough)) {
-      floor = sorted[i];
-    }
-  }
-  __syncthreads();
-  kept.floor = floor;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < n; i += blockDim.x) {
-    // With the last of those that are equal to it.
-    if (sorted[i] == kept.floor && (i + 1 == n || sorted[i + 1] != kept.floor)) inside = sums[i];
-  }
-  __syncthreads();
-  kept.inside = inside;
-  return kept;
+  return static_cast<double>(larger) < enough_of(request, total) ? Kept::kYes : Kept::kPerhaps;
 }
 
 }  // namespace infemeral::cuda

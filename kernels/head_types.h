@@ -25,9 +25,13 @@ enum class Selection : std::int32_t {
   kUnlimited  // temperature alone: those that can win with their Gumbel noise
 };
 
-// All others but greedy and min-p, which know their threshold from the largest score alone.
-inline constexpr bool needs_all_scores(Selection selection) {
-  return selection != Selection::kGreedy && selection != Selection::kMinP;
+// Whose threshold depends on more than the largest score and what a block sees for itself.
+inline constexpr bool needs_scan(Selection selection) {
+  return selection == Selection::kTopK;
+}
+// Who reads lower ends but the largest. Of others they are not written.
+inline constexpr bool needs_lower_ends(Selection selection) {
+  return selection == Selection::kTopK || selection == Selection::kUnlimited;
 }
 
 struct RowRequest {  // host -> device
@@ -61,12 +65,6 @@ struct RowResult {  // device -> host
   std::uint32_t sequence;  // written last
 };
 
-struct Bin {
-  std::uint32_t upper_ends;  // intervals that end here
-  std::uint32_t lower_ends;  // intervals that begin here
-  std::uint32_t ceiling;     // ordered(largest upper end)
-};
-
 // One row on its way through the stages; decode clears it.
 struct RowState {
   RowRequest request;
@@ -77,17 +75,22 @@ struct RowState {
   // From here on: what forget_candidates forgets.
   unsigned long long top;     // ordered(largest lower end, its token)
   unsigned long long best;    // kGreedy: ordered(score, token) of the best candidate so far
-  std::uint32_t best_noisy;   // ordered(largest lower end plus noise), kUnlimited only
   std::uint32_t claimed;      // row 0: pieces of lm_head that blocks have claimed
   std::uint32_t candidates;   // found so far; may pass kMaxCandidates
-  std::uint32_t edge;         // kTopK, kNucleus: bins below it are candidates
   std::uint32_t blocks_done;  // kGreedy: of select
-  Bin bins[kBins];
+  // kNucleus: what is known about the tokens that are no candidates, but for those deeper than 28,
+  // which have no probability. Their masses sum to rest_mass at most, in units of 2^-40 of
+  // exp(largest lower end); 0: there are none. No score is above ordered(rest_ceiling).
+  unsigned long long rest_mass;
+  std::uint32_t rest_ceiling;
+  std::uint32_t lower_ends[kBins];  // kTopK: of the row's intervals
 };
 
-struct ScoredToken {
+// A token that may be chosen, and its Gumbel noise (not told for greedy rows).
+struct alignas(16) Candidate {
   float score;
   std::int32_t id;
+  double noise;
 };
 
 }  // namespace infemeral::cuda

@@ -177,14 +177,9 @@ __global__ void __launch_bounds__(kProductThreads<Warpgroups>, 1)
     const RowRequest& request = p.rows[s].request;
     const Selection selection = request.selection;
     if (request.repetition_penalty != 1) penalties = true;
-    states[s] = {bound.scale,
-                 bound.scale_factor,
-                 bound.error_factor,
-                 bound.norm_factor,
-                 request.repetition_penalty,
-                 request.inverse_temperature,
-                 covered,
-                 selection != Selection::kGreedy && selection != Selection::kMinP};
+    states[s] = {bound.scale,       bound.scale_factor,         bound.error_factor,
+                 bound.norm_factor, request.repetition_penalty, request.inverse_temperature,
+                 covered,           needs_lower_ends(selection)};
   };
   if (threadIdx.x == 0) penalties = p.approximate;
   if (threadIdx.x < 4 * Groups) states[threadIdx.x].covered = false;

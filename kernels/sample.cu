@@ -6,6 +6,7 @@
 #include "kernels/choose.cuh"
 #include "kernels/common.cuh"
 #include "kernels/dot.cuh"
+#include "kernels/edges.cuh"
 #include "kernels/filters.cuh"
 #include "kernels/gumbel.cuh"
 #include "kernels/launch.cuh"
@@ -18,6 +19,7 @@ constexpr int kScoreThreads = 256;
 constexpr int kScanThreads = 512;
 constexpr int kSelectThreads = 256;
 constexpr int kBlockCandidates = 1024;  // that one block of select can take
+constexpr int kWorthWaiting = 64;       // so many rows take longer than a look at the row's state
 constexpr int kChooseThreads = 512;
 constexpr int kChooseFullThreads = 1024;
 
@@ -30,11 +32,11 @@ __global__ void __launch_bounds__(kScoreThreads) score_kernel(Sample p) {
   if (blockIdx.x == 0 && threadIdx.x == 0) state.times.sample = global_ns();
   float* scores = p.upper + blockIdx.y * score_stride(p.vocab_size);
   const Scorer score(state.request, p.seen + static_cast<std::size_t>(blockIdx.y) * p.seen_words);
-  float top = -HUGE_VALF;
+  unsigned long long top = 0;
   const auto score_one = [&](float& value, int i) {
     if (i >= p.vocab_size) return;
     value = score(value, i);
-    top = isfinite(value) ? fmaxf(top, value) : HUGE_VALF;  // infinite from then on
+    top = Max()(top, ordered(isfinite(value) ? value : HUGE_VALF, i));  // infinite from then on
   };
   const int step = 4 * static_cast<int>(gridDim.x * blockDim.x);
   for (int i = 4 * static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); i < p.vocab_size;
@@ -46,8 +48,8 @@ __global__ void __launch_bounds__(kScoreThreads) score_kernel(Sample p) {
     score_one(four.w, i + 3);
     *reinterpret_cast<float4*>(scores + i) = four;
   }
-  top = block_reduce(top, -HUGE_VALF, Max());
-  if (threadIdx.x == 0) atomicMax(&state.top, ordered(top, -1));  // whose it is, nobody asks
+  top = block_reduce(top, 0ull, Max());
+  if (threadIdx.x == 0) atomicMax(&state.top, top);
 }
 
 // Whether the candidates' policy applies to a row: its comparisons need finite scores.
@@ -57,152 +59,46 @@ __device__ bool covers(const Sample& p, const RowState& state) {
 
 // --- scan ---
 
-__device__ int bin_of(float top, float score) {
-  const float depth = fmaxf(0.0f, (top - score) * kBinsPerNat);
-  return depth < kBins - 1 ? static_cast<int>(depth) : kBins - 1;
-}
-
+// Counts top-k's lower ends.
 __global__ void __launch_bounds__(kScanThreads) scan_kernel(Sample p) {
-  __shared__ Bin bins[kBins];
+  __shared__ std::uint32_t bins[kBins];
   let_next_start();
   wait_for_previous();
-  const std::size_t base = blockIdx.y * score_stride(p.vocab_size);
-  const float *lower = p.lower + base, *upper = p.upper + base;
+  const float* lower = p.lower + blockIdx.y * score_stride(p.vocab_size);
   const int first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
   constexpr int kAhead = 4;
-  float high[kAhead], low[kAhead];
+  float low[kAhead];
   const auto load = [&](int at) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       const int i = at + a * step;
-      high[a] = i < p.vocab_size ? upper[i] : -HUGE_VALF;
       low[a] = i < p.vocab_size ? lower[i] : -HUGE_VALF;
     }
   };
   load(first);  // whether or not it will be used: with the state, one trip to the L2 cache
   RowState& state = p.rows[blockIdx.y];
-  const RowRequest request = state.request;
+  const bool counts = state.request.selection == Selection::kTopK;
   const float top = score_in(state.top);
   if (blockIdx.x == 0 && threadIdx.x == 0 && !p.known) state.times.sample = global_ns();
-  const bool unlimited = request.selection == Selection::kUnlimited;
-  if (!covers(p, state) || !(unlimited || request.selection == Selection::kTopK ||
-                             request.selection == Selection::kNucleus)) {
-    return;
-  }
-  for (int b = threadIdx.x; b < kBins; b += blockDim.x) bins[b] = {};
+  if (!counts || !covers(p, state)) return;
+  for (int b = threadIdx.x; b < kBins; b += blockDim.x) bins[b] = 0;
   __syncthreads();
-  // The likeliest token has at least top - 3.2 with its noise.
-  const float reachable = top - 3.2f - kMostNoise;
-  float best = -HUGE_VALF;
-  const auto count = [&](float high_end, float low_end) {
-    // The last bin is left empty: nobody asks about it.
-    const int high_bin = bin_of(top, high_end);
-    if (high_bin == kBins - 1) return;  // then so is the lower end's
-    atomicAdd(&bins[high_bin].upper_ends, 1u);
-    atomicMax(&bins[high_bin].ceiling, ordered(high_end));
-    const int low_bin = bin_of(top, low_end);
-    if (low_bin < kBins - 1) atomicAdd(&bins[low_bin].lower_ends, 1u);
-  };
   for (int at = first; at < p.vocab_size;) {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      if (!unlimited) {
-        count(high[a], low[a]);
-      } else if (low[a] >= reachable) {
-        best = fmaxf(best, low[a] + gumbel_noise_near(request, at + a * step));
-      }
+      const int bin = bin_of(top, low[a]);
+      if (bin < kBins - 1) atomicAdd(&bins[bin], 1u);  // nobody asks about the last one
     }
     at += kAhead * step;
     load(at);
   }
-  if (unlimited) {
-    best = block_reduce(best, -HUGE_VALF, Max());
-    if (threadIdx.x == 0) atomicMax(&state.best_noisy, ordered(best));
-    return;
-  }
   __syncthreads();
   for (int b = threadIdx.x; b < kBins; b += blockDim.x) {
-    if (bins[b].upper_ends > 0) {
-      atomicAdd(&state.bins[b].upper_ends, bins[b].upper_ends);
-      atomicMax(&state.bins[b].ceiling, bins[b].ceiling);
-    }
-    if (bins[b].lower_ends > 0) atomicAdd(&state.bins[b].lower_ends, bins[b].lower_ends);
+    if (bins[b] > 0) atomicAdd(&state.lower_ends[b], bins[b]);
   }
 }
 
 // --- select ---
-
-// The edges are found by a block of kDigits threads, each with the bin of its index.
-
-// Bins below the edge hold every token that top-k can keep: an interval that begins in one of them
-// is above all that end beyond, and k of them do. When fewer than k begin within reach, tokens out
-// of reach cannot win the draw anyway, and have no probability.
-__device__ int top_k_edge(int top_k, const Bin& own, std::uint32_t* counts) {
-  __shared__ int edge;
-  counts[threadIdx.x] = own.lower_ends;
-  if (threadIdx.x == 0) edge = kBins - 1;
-  __syncthreads();
-  running_sums<kDigits>(counts);
-  const auto k = static_cast<std::uint32_t>(top_k);
-  const int b = threadIdx.x;
-  if (b < kBins - 1 && counts[b] >= k && (b == 0 || counts[b - 1] < k)) edge = b + 1;
-  __syncthreads();
-  return edge;
-}
-
-// What the intervals down to some depth amount to. Probabilities are relative to exp(top).
-struct Depth {
-  std::uint32_t upper_ends;
-  float least;   // the probability that they have for certain
-  float beyond;  // the most that can lie deeper; counted from the deep end
-  __device__ Depth& operator+=(const Depth& other) {
-    upper_ends += other.upper_ends;
-    least += other.least;
-    beyond += other.beyond;
-    return *this;
-  }
-};
-__device__ Depth from_lane_below(const Depth& d, int offset) {
-  return {cuda::from_lane_below(d.upper_ends, offset), cuda::from_lane_below(d.least, offset),
-          cuda::from_lane_below(d.beyond, offset)};
-}
-
-// The band of the nucleus: as deep as leaves the least probability beyond it, at a price that pays.
-// 0 when none does. Only an estimate: choose bounds what lies beyond rigorously.
-__device__ int nucleus_edge(float top_p, float top, const Bin& own, const Bin& deep, int limit,
-                            Depth* depths) {
-  constexpr int kShares = 3;
-  __shared__ int edges[kShares];
-  // Where the nucleus ends by what is certain: the token there has about this probability. What
-  // lies beyond the band moves the cut when it is not small beside that.
-  __shared__ float at_cut;
-  const int b = threadIdx.x;
-  const float certain = expf(-static_cast<float>(b + 1) / kBinsPerNat);
-  depths[b] = {
-      own.upper_ends, own.lower_ends * certain,
-      deep.upper_ends > 0 ? deep.upper_ends * expf(from_ordered(deep.ceiling) - top) : 0.0f};
-  if (b < kShares) edges[b] = 0;
-  if (b == 0) at_cut = 0;
-  __syncthreads();
-  running_sums<kDigits>(depths);
-  const float enough = top_p * depths[kBins - 1].least;
-  if (b < kBins && depths[b].least >= enough && (b == 0 || depths[b - 1].least < enough)) {
-    at_cut = certain;
-  }
-  __syncthreads();
-  // For each share the least e in [1, kBins - 1] with no more than that in bins e and beyond.
-  const int e = b;
-  if (e >= 1 && e < kBins && depths[e - 1].upper_ends <= static_cast<std::uint32_t>(limit)) {
-    const float beyond = depths[kBins - 1 - e].beyond, with_one_more = depths[kBins - e].beyond;
-    float share = at_cut / 16;
-    for (int i = 0; i < kShares; ++i, share *= 4) {
-      if (beyond <= share && (e == 1 || with_one_more > share)) edges[i] = e;
-    }
-  }
-  __syncthreads();
-  // The smallest share that the limit allows.
-  return edges[0] > 0 ? edges[0] : edges[1] > 0 ? edges[1] : edges[2];
-}
 
 // What a block has found in its part of a row.
 struct Found {
@@ -275,6 +171,19 @@ __device__ void finish_greedy(const Sample& p, bool covered) {
 constexpr int kManyRows = 5;
 constexpr int kLongRow = 2048;
 
+// The noisy score that a token needs to win where another has this one at least: less two
+// logarithms' errors and the roundings of two sums.
+__device__ float beaten_from(float noisy) {
+  return noisy - (2 * kNoiseError + fabsf(noisy) * 0x1p-22f);
+}
+// With temperature alone a block that finds more than this in a flat row looks again.
+constexpr int kManyNoisy = 4;
+
+// What a block of top-p may take of the row's candidates: likely tokens do not lie evenly.
+__device__ int block_limit(const Sample& p) {
+  return min(kBlockCandidates, 2 * candidate_limit(p) / static_cast<int>(gridDim.x) + kWarp);
+}
+
 // A block takes a part of the vocabulary of one row.
 // At most 128 KB of registers: one block finds room beside the product's.
 // Greedy: all rows are.
@@ -282,7 +191,6 @@ template <bool Greedy>
 __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   extern __shared__ float4 shared_state[];
   __shared__ std::uint32_t counts[kDigits];
-  __shared__ Depth depths[kDigits];
   __shared__ Found found;
   __shared__ float likeliest_score;
   let_next_start();
@@ -312,11 +220,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   const float top = score_in(state.top);
   const int likeliest = token_in(state.top);
   static_assert(kSelectThreads == kDigits);
-  Bin own_bin = {}, deep_bin = {};  // the thread's, from the top and from the deep end
-  if (!Greedy && threadIdx.x < kBins) {
-    own_bin = state.bins[threadIdx.x];
-    deep_bin = state.bins[kBins - 1 - threadIdx.x];
-  }
+  const std::uint32_t lower_ends =
+      !Greedy && threadIdx.x < kBins ? state.lower_ends[threadIdx.x] : 0;
   const bool leads = blockIdx.x == 0 && threadIdx.x == 0;
   if (leads && state.times.sample == 0) state.times.sample = global_ns();
   if (!p.known) {
@@ -328,8 +233,23 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
     if (greedy) finish_greedy(p, covered);
     return;
   }
-  if (threadIdx.x == 0) found.n = 0;
-
+  // visit(token, upper end), by all threads.
+  const auto for_each_token = [&](const auto& visit) {
+    for (int first = own_first; first < p.vocab_size;) {
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int i = first + a * step;
+        if (i >= p.vocab_size) break;
+        visit(i, high[a].x);
+        visit(i + 1, high[a].y);
+        visit(i + 2, high[a].z);
+        visit(i + 3, high[a].w);
+      }
+      first += kAhead * step;
+      load_upper(first);
+    }
+  };
+  bool too_many = false;  // for the block, and so for the row: who takes the token will see it
   float threshold = -HUGE_VALF;
   int edge = kBins;
   switch (Greedy ? Selection::kGreedy : request.selection) {
@@ -340,21 +260,29 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
       threshold = top + logf(request.min_p);
       break;
     case Selection::kTopK:
-      edge = top_k_edge(request.top_k, own_bin, counts);
+      counts[threadIdx.x] = lower_ends;
+      edge = top_k_edge(request.top_k, counts);
       // With top-p the tokens below min-p's floor still count in the normaliser.
       if (request.top_p >= 1 && request.min_p > 0) threshold = top + logf(request.min_p);
       break;
     case Selection::kNucleus:
-      edge = nucleus_edge(request.top_p, top, own_bin, deep_bin, candidate_limit(p), depths);
+      counts[threadIdx.x] = 0;
+      __syncthreads();
+      for_each_token([&](int i, float end) {
+        const int bin = bin_of(top, end);
+        if (i < p.vocab_size && bin < kBins - 1) atomicAdd(&counts[bin], 1u);
+      });
+      if (own_first + kAhead * step < p.vocab_size) load_upper(own_first);  // again
+      __syncthreads();
+      edge = nucleus_edge(counts, request.top_p, top, block_limit(p), p.known, state);
+      too_many = edge == kBins;
       break;
     case Selection::kUnlimited:
-      threshold = from_ordered(state.best_noisy);
-      // Two logarithms, and the roundings of two sums.
-      threshold -= 2 * kNoiseError + fabsf(threshold) * 0x1p-22f;
+      threshold = beaten_from(top + gumbel_noise_near(request, likeliest));
       break;
   }
 
-  if (leads) state.edge = edge;
+  if (threadIdx.x == 0) found.n = too_many ? kBlockCandidates + 1 : 0;
   __syncthreads();
   const Scorer score(request, p.seen + static_cast<std::size_t>(blockIdx.y) * p.seen_words);
   // One warp finds out how much higher the threshold may be while the others look. It is the
@@ -377,22 +305,25 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
       if (c < kBlockCandidates) found.ids[c] = i, found.scores[c] = own;
     }
   };
-  for (int first = own_first; first < p.vocab_size;) {
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const int i = first + a * step;
-      if (i >= p.vocab_size) break;
-      look(i, high[a].x);
-      look(i + 1, high[a].y);
-      look(i + 2, high[a].z);
-      look(i + 3, high[a].w);
+#pragma unroll 1
+  for (bool again = false;; again = true) {
+    if (!too_many) for_each_token(look);
+    __syncthreads();
+    if (Greedy || request.selection != Selection::kUnlimited) break;
+    if (again || found.n <= kManyNoisy) break;
+    // Only who can beat the best of the block's own has to stay.
+    const float* lower = p.lower + blockIdx.y * score_stride(p.vocab_size);
+    float best = -HUGE_VALF;
+    for (int c = threadIdx.x; c < min(found.n, kBlockCandidates); c += kSelectThreads) {
+      best = fmaxf(best, lower[found.ids[c]] + gumbel_noise_near(request, found.ids[c]));
     }
-    first += kAhead * step;
-    load_upper(first);
+    best = block_reduce(best, -HUGE_VALF, Max());
+    threshold = fmaxf(threshold, beaten_from(best));
+    if (threadIdx.x == 0) found.n = 0;
+    if (own_first + kAhead * step < p.vocab_size) load_upper(own_first);
+    __syncthreads();
   }
-  __syncthreads();
-  // Too many for this block are too many for the row: who takes the token will see it.
-  const bool too_many = found.n > kBlockCandidates;
+  too_many = found.n > kBlockCandidates;
   if (raises && !too_many && found.n > 0) {
     const float raised = greedy ? likeliest_score : likeliest_score + logf(request.min_p);
     __syncthreads();  // everybody has seen how many there were
@@ -407,18 +338,29 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
       const unsigned claimed = too_many ? 2 * kMaxCandidates : n;
       place = static_cast<int>(atomicAdd(&state.candidates, claimed));
     }
+    if (n > kWorthWaiting) {
+      // The row may be lost already.
+      if (threadIdx.x == 0) base = place;
+      __syncthreads();
+      too_many = too_many || base + n > candidate_limit(p);
+      __syncthreads();
+    }
     if (!too_many) {
+      // The noise while the rows come: by those threads first that rescoring needs last.
+      const int own = kSelectThreads - 1 - static_cast<int>(threadIdx.x);
+      double noise = 0;
+      if (!greedy && own < n) noise = gumbel_noise(request, found.ids[own]);
       if (!p.known) rescore(p, shared_state, found);
       if (threadIdx.x == 0) base = place;  // only now: it takes as long from memory as the rows
       __syncthreads();
-      ScoredToken* out = p.candidates + static_cast<std::size_t>(blockIdx.y) * kMaxCandidates;
-      for (int c = threadIdx.x; c < n; c += kSelectThreads) {
+      Candidate* out = p.candidates + static_cast<std::size_t>(blockIdx.y) * kMaxCandidates;
+      for (int c = own; c < n; c += kSelectThreads) {
         const int id = found.ids[c];
         const float exact = p.known ? found.scores[c] : score(found.scores[c], id);
         if (greedy) {
           atomicMax(&state.best, ordered(exact, id));
         } else if (base + c < kMaxCandidates) {
-          out[base + c] = {exact, id};
+          out[base + c] = {exact, id, c == own ? noise : gumbel_noise(request, id)};
         }
       }
     }
@@ -431,23 +373,22 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
 // One block a row.
 __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
   extern __shared__ unsigned long long masses[];
-  auto* cached = reinterpret_cast<ScoredToken*>(masses + Candidates::kCached);
+  auto* cached = reinterpret_cast<Candidate*>(masses + Candidates::kCached);
   let_next_start();
   wait_for_previous();
   const RowState& state = p.rows[blockIdx.x];
-  const ScoredToken* items = p.candidates + static_cast<std::size_t>(blockIdx.x) * kMaxCandidates;
+  const Candidate* items = p.candidates + static_cast<std::size_t>(blockIdx.x) * kMaxCandidates;
   // All that is needed at once, whether or not it will be used.
   constexpr int kOwn = Candidates::kCached / kChooseThreads;
-  static_assert(kBins <= kChooseThreads);
-  ScoredToken own[kOwn];
+  Candidate own[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) own[i] = items[threadIdx.x + i * kChooseThreads];
   const RowRequest request = state.request;
   const Ending ending = ending_of(state);
   const bool finite = state.finite, covered = covers(p, state);
-  const std::uint32_t edge = state.edge;
-  Bin bin = {};
-  if (threadIdx.x < kBins) bin = state.bins[threadIdx.x];
+  const float top = score_in(state.top);
+  const unsigned long long rest_mass = state.rest_mass;
+  const std::uint32_t rest_ceiling = state.rest_ceiling;
 
   if (request.selection == Selection::kGreedy) return;  // select has done it
   int token = -1;
@@ -455,10 +396,9 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sample p) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) cached[threadIdx.x + i * kChooseThreads] = own[i];
     __syncthreads();
-    const bool nucleus = request.selection == Selection::kNucleus;
-    const auto n = static_cast<int>(ending.candidates);
-    token = choose_from(Candidates{items, n, cached, masses, 0}, request,
-                        [&](float max) { return nucleus ? rest_in(bin, edge, max) : no_rest(); });
+    const Candidates candidates = {items, static_cast<int>(ending.candidates), cached, masses, 0};
+    token = choose_from(candidates, request,
+                        [&](float max) { return rest_below(max, top, rest_mass, rest_ceiling); });
   }
   if (threadIdx.x == 0) finish(p, blockIdx.x, token, finite, ending);
 }
@@ -525,7 +465,7 @@ cudaError_t run_select(const Stage& stage, const Sample& args) {
 
 cudaError_t choose(const Stage& stage, const Sample& args) {
   constexpr std::size_t kSharedBytes =
-      Candidates::kCached * (sizeof(unsigned long long) + sizeof(ScoredToken));
+      Candidates::kCached * (sizeof(unsigned long long) + sizeof(Candidate));
   static_assert(kSharedBytes <= 32 << 10);  // beside what the filters share, in a block of 64
   const cudaError_t error = cudaFuncSetAttribute(
       choose_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));

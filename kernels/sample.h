@@ -1,6 +1,6 @@
 // Choosing tokens on the device, without sorting the vocabulary: engine/sampling.h and the
-// candidate policy of engine/certified_head.h. After the int8 product: scan, select. After a full
-// one: score_logits, then the same two with `known`.
+// candidate policy of engine/certified_head.h. After the int8 product: scan, where a row asks for
+// top-k, and select. After a full one: score_logits, then the same with `known`.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -22,15 +22,15 @@ struct Sample {
   const float* states = nullptr;    // n x stride
   const std::uint32_t* seen = nullptr;
   int seen_words = 0;
-  ScoredToken* candidates = nullptr;  // n x kMaxCandidates
-  RowResult* results = nullptr;       // mapped
-  std::int32_t* tokens = nullptr;     // n, on the device: for the next embedding
-  bool known = false;       // lower and upper are one array, of scores: nothing is rescored
-  bool need_proof = false;  // choose_full: a state that is not covered is uncertain
+  Candidate* candidates = nullptr;  // n x kMaxCandidates
+  RowResult* results = nullptr;     // mapped
+  std::int32_t* tokens = nullptr;   // n, on the device: for the next embedding
+  bool known = false;               // lower and upper are one array, of scores: nothing is rescored
+  bool need_proof = false;          // choose_full: a state that is not covered is uncertain
 };
 
-// What must be known about all intervals before candidates can be told: bins for top-k and top-p,
-// the best noisy score for temperature alone. Nothing for greedy and min-p, which may leave it out.
+// Counts where intervals begin, which top-k must know before it can tell candidates. Rows with
+// other requests may do without.
 cudaError_t scan(const Stage& stage, const Sample& args);
 // Collects the candidates, rescores them in float16 with the full head's dot product, and takes the
 // best, or with `chooses` what filters and draw say, which rows that are not greedy need. The

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kRowThreads) decode_kernel(Decode p) {
     request_words[threadIdx.x] =
         reinterpret_cast<const std::uint32_t*>(p.requests + s)[threadIdx.x];
   }
-  for (int b = threadIdx.x; b < kBins; b += kRowThreads) state.bins[b] = {};
+  for (int b = threadIdx.x; b < kBins; b += kRowThreads) state.lower_ends[b] = 0;
 
   bool finite = true;
   float largest = 0;
@@ -155,10 +155,10 @@ __global__ void __launch_bounds__(kRowThreads) decode_kernel(Decode p) {
     state.finite = finite;
     state.covered = 0;
     state.top = 0;
-    state.best_noisy = 0;
     state.claimed = 0;
     state.candidates = 0;
-    state.edge = 0;
+    state.rest_mass = 0;
+    state.rest_ceiling = 0;
     state.blocks_done = 0;
     state.best = 0;
   }

@@ -174,7 +174,7 @@ TEST_CASE("a warm decode token is one graph launch, and its row is there already
           const auto selection =
               cuda::row_request(request, static_cast<int>(client.vocab), 1).selection;
           const int kernels =
-              3 + cuda::needs_all_scores(selection) + (selection != cuda::Selection::kGreedy);
+              3 + cuda::needs_scan(selection) + (selection != cuda::Selection::kGreedy);
           const Calls without = {
               {"cudaGraphLaunch", 2}, {"cudaMemsetAsync", 1}, {"cudaLaunchKernelExC", kernels}};
           const Calls open = {

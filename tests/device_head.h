@@ -70,7 +70,7 @@ class DeviceHead {
                          [&](auto& request) { return is(request.selection); });
     };
     using cuda::Selection;
-    const bool scans = any(cuda::needs_all_scores);
+    const bool scans = any(cuda::needs_scan);
     const bool chooses = any([](Selection s) { return s != Selection::kGreedy; });
     begin(batch);
     kernels_.int8_head(n);

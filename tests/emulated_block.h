@@ -24,9 +24,13 @@ struct Index {
 struct float4 {
   float x, y, z, w;
 };
+struct ulonglong2 {
+  unsigned long long x, y;
+};
 inline constexpr int kEmulatedThreads = 256;
 inline thread_local Index threadIdx;
 inline constexpr Index blockDim{kEmulatedThreads};
+inline Index gridDim{1};  // of which one block is there
 
 struct EmulatedBlock {
   std::barrier<> all{kEmulatedThreads};
@@ -86,6 +90,21 @@ T atomicAdd(T* place, U value) {
   return __atomic_fetch_add(place, static_cast<T>(value), __ATOMIC_SEQ_CST);
 }
 
+template <typename T>
+void atomicMax(T* place, T value) {
+  T now = *place;
+  while (now < value && !__atomic_compare_exchange_n(place, &now, value, false, __ATOMIC_SEQ_CST,
+                                                     __ATOMIC_SEQ_CST)) {
+  }
+}
+
+// Rounded up.
+inline float __fsub_ru(float a, float b) {
+  const float nearest = a - b;
+  return static_cast<double>(nearest) < static_cast<double>(a) - b
+             ? std::nextafter(nearest, HUGE_VALF)
+             : nearest;
+}
 inline float __uint_as_float(std::uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -177,6 +177,7 @@ inline const std::vector<SamplingParams> kSamplingKinds = {
     {.temperature = 0.8f, .top_k = 20, .top_p = 0.8f},
     {.temperature = 1.5f, .top_k = 18, .top_p = 0.9f, .min_p = 0.15f},
     {.temperature = 0.7f, .top_p = 0.9f},
+    {.temperature = 0.8f, .top_p = 0.99f, .min_p = 0.05f},
     {.temperature = 1, .top_p = 0.5f, .repetition_penalty = 1.2f},
     {.temperature = 1.2f, .top_k = 1000, .top_p = 0.95f, .min_p = 0.05f},
 };
