@@ -22,7 +22,7 @@
 #include "engine/pipeline.h"
 #include "engine/sampling.h"
 #include "engine/text.h"
-#include "perf/recording_link.h"
+#include "perf/row_recorder.h"
 #include "tools/backend_select.h"
 #include "tools/endpoint.h"
 
@@ -64,12 +64,12 @@ struct Side {
   }
 
   std::vector<float> logits_after(const std::vector<std::int32_t>& history, WireDtype wire) {
-    RecordingLink recording(*link);
-    Pipeline pipeline(*backend, recording, {.wire = wire});
+    RowRecorder recorder(*link);
+    Pipeline pipeline(*backend, recorder, {.wire = wire});
     GenerateResult result;
     absl::Status status = pipeline.generate({.prompt = history, .max_tokens = 1}, {}, {}, result);
     std::vector<float> logits(backend->vocab_size());
-    if (status.ok()) status = backend->logits(recording.row, wire, logits);
+    if (status.ok()) status = backend->logits(recorder.rows().back(), wire, logits);
     if (!status.ok()) fail(std::string(status.message()));
     return logits;
   }

@@ -7,6 +7,7 @@
 #include "cpu/body.h"
 #include "engine/text.h"
 #include "perf/case_recorder.h"
+#include "perf/row_recorder.h"
 
 namespace infemeral {
 namespace {
@@ -64,13 +65,6 @@ absl::Status generate_fresh(ClientBackend& backend, Link& link, const BenchPlan&
                                           " tokens after a prompt; choose fewer"));
   }
   return absl::OkStatus();
-}
-
-absl::Status RowRecorder::step(const StepRequest& request, std::stop_token stop, StepReply& reply,
-                               PhaseTimes& times) {
-  const auto status = link_.step(request, stop, reply, times);
-  if (status.ok() && reply.rows == 1) rows_.push_back(reply.tensor);
-  return status;
 }
 
 absl::StatusOr<std::vector<std::vector<std::byte>>> record_rows(ClientBackend& backend, Link& link,

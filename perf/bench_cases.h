@@ -44,28 +44,6 @@ struct BenchPlan {
   std::function<void(std::string_view stage, double done, double total)> progress;
 };
 
-// Passes everything on, and keeps the single rows that steps bring back: what the checks and the
-// head case feed to a backend.
-class RowRecorder final : public Link {
- public:
-  explicit RowRecorder(Link& link) : link_(link) {}
-
-  absl::StatusOr<SessionInfo> open_session(std::stop_token stop) override {
-    return link_.open_session(stop);
-  }
-  absl::Status step(const StepRequest& request, std::stop_token stop, StepReply& reply,
-                    PhaseTimes& times) override;
-  void close_session(std::uint64_t session) override { link_.close_session(session); }
-  LinkCounters counters() const override { return link_.counters(); }
-  std::string cipher() const override { return link_.cipher(); }
-
-  const std::vector<std::vector<std::byte>>& rows() const { return rows_; }
-
- private:
-  Link& link_;
-  std::vector<std::vector<std::byte>> rows_;
-};
-
 // Generates in a session of its own, so that nothing of the prompt is cached. InvalidArgument when
 // the context does not hold max_tokens behind the prompt.
 absl::Status generate_fresh(ClientBackend& backend, Link& link, const BenchPlan& plan,

@@ -27,7 +27,7 @@
 #include "engine/text.h"
 #include "engine/wire.h"
 #include "perf/bench_client.h"
-#include "perf/recording_link.h"
+#include "perf/row_recorder.h"
 #include "tools/backend_select.h"
 #include "tools/endpoint.h"
 
@@ -75,22 +75,18 @@ Rows recorded_rows(ClientBackend& backend, const ClientManifest& manifest,
   if (golden.is_discarded() || !golden.contains("prompts")) fail(cat(prompts, " has no prompts"));
   const Endpoint endpoint = value(Endpoint::open({.body_folder = prepared / "body"}, manifest));
   const std::unique_ptr<Link> link = value(endpoint.connect({}));
-  RecordingLink recording(*link);
-  Pipeline pipeline(backend, recording, {.wire = WireDtype::kF16});
-  Rows rows;
+  RowRecorder recorder(*link);
+  Pipeline pipeline(backend, recorder, {.wire = WireDtype::kF16});
+  std::uint64_t seed = 0;
   for (const auto& prompt : golden["prompts"]) {
     const std::vector<std::int32_t> ids = prompt["input_ids"];
     GenerateResult result;
-    const auto keep = [&](auto&&...) {
-      rows.push_back(recording.row);
-      return true;
-    };
     check(pipeline.generate({.prompt = ids,
                              .max_tokens = static_cast<std::uint32_t>(n),
-                             .sampling = {.temperature = 0.7f, .top_p = 0.9f, .seed = rows.size()}},
-                            keep, {}, result));
+                             .sampling = {.temperature = 0.7f, .top_p = 0.9f, .seed = seed++}},
+                            {}, {}, result));
   }
-  return rows;
+  return recorder.rows();
 }
 
 int run(int argc, char** argv) {
