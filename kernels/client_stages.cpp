@@ -188,8 +188,11 @@ absl::Status ClientStages::choose_full(int i, const RowRequest& request) const {
 }
 
 absl::Status ClientStages::choose_among_all(int i) const {
-  INFEMERAL_RETURN(de_embed_full(i, 1));
-  INFEMERAL_CUDA(cuda::choose_full(stage(), sampling(i, 1)));
+  Sample args = sampling(i, 1);
+  args.known = true;
+  // The full head's graph has made the scores of all rows, choose_full() those of this one.
+  if (options_.mode == HeadMode::kFull) args.upper += i * score_stride(state_.shape.vocab_size);
+  INFEMERAL_CUDA(cuda::choose_full(stage(), args));
   return absl::OkStatus();
 }
 

@@ -56,9 +56,9 @@ class ClientStages {
   // buffers.upper.
   absl::Status de_embed_full(int first, int n) const;
   FullHead full_product(int first, int n) const;
-  // The full head's token for row i: de_embed, sample. It can be uncertain; not so the other's,
-  // which takes longer.
+  // The full head's token for row i: de_embed, sample. It can be uncertain.
   absl::Status choose_full(int i, const RowRequest& request) const;
+  // From the scores that this or the full head's next_token() has left: always certain, and longer.
   absl::Status choose_among_all(int i) const;
 
  private:

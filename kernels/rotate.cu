@@ -221,7 +221,7 @@ cudaError_t rotate(const Stage& stage, const Rotate& args) {
   }
   // Every block reads all planes: the fewer the better, as long as none waits for another's end.
   const int tiles = (args.rows + kTileRows - 1) / kTileRows;
-  if (tiles <= stage.multiprocessors) return run<8, 1, 2>(stage, args);
+  if (tiles <= stage.multiprocessors) return run<8, 1, 4>(stage, args);
   if (tiles <= 2 * stage.multiprocessors) return run<8, 2, 2>(stage, args);
   return run<8, 3, 2>(stage, args);
 }

@@ -201,7 +201,8 @@ __global__ void __launch_bounds__(kSelectThreads, 2) select_kernel(Sample p) {
   // most is the last to end.
   constexpr int kPieceThreads = 8;
   constexpr int kPieces = kSelectThreads / kPieceThreads, kPiece = 4 * kPieceThreads;
-  constexpr int kAhead = 4;
+  // With many rows a block's part of one is 6144 tokens of a small vocabulary: one trip.
+  constexpr int kAhead = Greedy ? 6 : 4;
   const int step = kPieces * static_cast<int>(gridDim.x) * kPiece;
   const auto own_piece = threadIdx.x / kPieceThreads * gridDim.x + blockIdx.x;
   const int own_first = static_cast<int>(own_piece) * kPiece + threadIdx.x % kPieceThreads * 4;
@@ -409,9 +410,11 @@ __global__ void __launch_bounds__(kChooseFullThreads) choose_full_kernel(Sample 
   RowState& state = p.rows[blockIdx.x];
   if (threadIdx.x == 0 && state.times.sample == 0) state.times.sample = global_ns();
   float* scores = p.upper + blockIdx.x * score_stride(p.vocab_size);
-  const Scorer score(state.request, p.seen + static_cast<std::size_t>(blockIdx.x) * p.seen_words);
-  for (int i = threadIdx.x; i < p.vocab_size; i += blockDim.x) scores[i] = score(scores[i], i);
-  __syncthreads();
+  if (!p.known) {
+    const Scorer score(state.request, p.seen + static_cast<std::size_t>(blockIdx.x) * p.seen_words);
+    for (int i = threadIdx.x; i < p.vocab_size; i += blockDim.x) scores[i] = score(scores[i], i);
+    __syncthreads();
+  }
   const int token = choose_from(Everything{scores, p.vocab_size, 0}, state.request,
                                 [](float) { return no_rest(); });
   if (threadIdx.x != 0) return;

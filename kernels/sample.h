@@ -42,7 +42,7 @@ cudaError_t score_logits(const Stage& stage, const Sample& args);
 // Makes the row ready for score_logits.
 cudaError_t forget_candidates(const Stage& stage, RowState* row);
 // Filters and draw with every token as a candidate, by one block a row: what the others find
-// uncertain. `upper` holds the logits, overwritten.
+// uncertain. `upper` holds the logits, which become scores, or with `known` those already.
 cudaError_t choose_full(const Stage& stage, const Sample& args);
 
 }  // namespace infemeral::cuda
