@@ -46,6 +46,8 @@ class CpuClientBackend final : public ClientBackend {
     if (!folded_) {
       final_gain_.resize(hidden_size());
       folder_.final_norm.read(0, final_gain_);
+      columns_.reserve(hidden_size());
+      edges_.reserve(hidden_size());  // of one row: a decode step allocates nothing
     }
     if (mode_ == HeadMode::kCertified || mode_ == HeadMode::kInt8) {
       int8_.emplace(lm_head_, kernels_, pool_, options.progress);
@@ -151,16 +153,14 @@ class CpuClientBackend final : public ClientBackend {
       PhaseClock clock;
       const Rows cloaked = buffer(cloaked_, m), plain = folded_ ? cloaked : buffer(plain_, m);
       for (std::size_t i = 0; i < m; ++i) {
-        const auto* row = reinterpret_cast<const std::uint16_t*>(
-            embed_tokens_.data +
-            static_cast<std::size_t>(ids[begin + i]) * embed_tokens_.row_bytes());
-        kernels_.from_f16(row, hidden_size(), plain[i]);
+        kernels_.from_f16(embedding(ids[begin + i]), hidden_size(), plain[i]);
       }
       clock.lap(times.embed_ms);
 
       if (!folded_) {
         if (absl::Status status = ensure_cloak(); !status.ok()) return status;
         multiply(cloak_->transposed(), plain, m, cloaked);
+        if (!noise_.on()) sum_edges_exactly(dtype, ids.subspan(begin, m), plain, cloaked);
       }
       for (std::size_t i = 0; i < m; ++i) {
         noise_.add({cloaked[i], hidden_size()});
@@ -169,6 +169,51 @@ class CpuClientBackend final : public ClientBackend {
       clock.lap(times.cloak_ms);
     }
     return absl::OkStatus();
+  }
+
+  const std::uint16_t* embedding(std::int32_t id) const {
+    return reinterpret_cast<const std::uint16_t*>(
+        embed_tokens_.data + static_cast<std::size_t>(id) * embed_tokens_.row_bytes());
+  }
+
+  struct Edge {
+    std::size_t row;
+    std::uint32_t column;
+  };
+
+  // What engine/wire_edges.h promises of cloaked = plain * Q, plain being the ids' embeddings.
+  void sum_edges_exactly(WireDtype dtype, std::span<const std::int32_t> ids, const Rows& plain,
+                         const Rows& cloaked) {
+    if (dtype == WireDtype::kI8) sum_exactly(ids, plain, cloaked, append_scale_edges);
+    sum_exactly(ids, plain, cloaked, [&](auto row, float error, auto& columns) {
+      append_code_edges(dtype, row, error, columns);
+    });
+  }
+
+  // append_edges(row, error, columns): engine/wire.h's.
+  template <typename AppendEdges>
+  void sum_exactly(std::span<const std::int32_t> ids, const Rows& plain, const Rows& cloaked,
+                   const AppendEdges& append_edges) {
+    edges_.clear();
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      double squares = 0;
+      kernels_.row_range(embedding(ids[i]), hidden_size(), &squares);
+      columns_.clear();
+      append_edges(std::span<const float>(cloaked[i], hidden_size()),
+                   kernels_.sum_error * static_cast<float>(std::sqrt(squares)), columns_);
+      for (const std::uint32_t column : columns_) edges_.push_back({i, column});
+    }
+    const Matrix matrix = cloak_->transposed();
+    constexpr std::size_t kWorthSharing = 1 << 17;  // products
+    const std::size_t grain = kWorthSharing / hidden_size() + 1;
+    pool_.for_ranges(edges_.size(), grain, 1, [&](const Range& range) {
+      for (std::size_t e = range.begin; e < range.end; ++e) {
+        const auto [row, column] = edges_[e];
+        cloaked[row][column] = static_cast<float>(kernels_.exact_dot(
+            plain[row], reinterpret_cast<const std::uint16_t*>(matrix.row(column).data),
+            hidden_size()));
+      }
+    });
   }
 
   absl::Status head_and_sample(std::span<const std::byte> rows, WireDtype dtype,
@@ -390,6 +435,8 @@ class CpuClientBackend final : public ClientBackend {
   AlignedFloats correction_;          // rows x H
   AlignedFloats logits_;              // rows x V
   AlignedFloats subset_logits_;       // rows x n
+  std::vector<Edge> edges_;           // of one call of sum_exactly()
+  std::vector<std::uint32_t> columns_;
   Sampler sampler_;
   std::vector<CertifiedSampler> certified_;  // one a row
   HeadCounters counters_;

@@ -6,11 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#ifdef __CUDACC__
-#define INFEMERAL_HOST_DEVICE __host__ __device__
-#else
-#define INFEMERAL_HOST_DEVICE
-#endif
+#include "engine/host_device.h"
 
 namespace infemeral {
 

@@ -18,6 +18,7 @@ std::uint64_t random_noise_key();
 class CloakNoise {
  public:
   explicit CloakNoise(float level) : level_(level), key_(random_noise_key()) {}
+  bool on() const { return level_ > 0; }
   void add(std::span<float> row);
 
  private:

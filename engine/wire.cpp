@@ -7,6 +7,7 @@
 
 #include "engine/float16.h"
 #include "engine/wire_avx2.h"
+#include "engine/wire_edges.h"
 
 namespace infemeral {
 namespace {
@@ -47,6 +48,17 @@ float max_magnitude(std::span<const float> block) {
   return max;
 }
 
+// The scale of a block, which its reader has: the step is cut from it, so that the error stays
+// below half a step.
+struct I8Scale {
+  std::uint16_t half;
+  float inverse;
+  explicit I8Scale(float largest) : half(f16_clamped(largest / 127.0f)) {
+    const float scale = f16_to_f32(half);
+    inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  }
+};
+
 void quantize(std::span<const float> block, float inverse, std::byte* out) {
   if (block.size() == kI8Block && wire_avx2_available()) {
     quantize_block_avx2(block.data(), inverse, out);
@@ -63,12 +75,9 @@ void encode_i8(std::span<const float> row, std::byte* out) {
   std::byte* values = out + 2 * i8_blocks(row.size());
   for (std::size_t begin = 0; begin < row.size(); begin += kI8Block) {
     const auto block = row.subspan(begin, std::min(kI8Block, row.size() - begin));
-    const std::uint16_t half_scale = f16_clamped(max_magnitude(block) / 127.0f);
-    std::memcpy(out + 2 * (begin / kI8Block), &half_scale, 2);
-    // Dividing by the rounded scale, the one that the reader has, keeps the error below half a
-    // step.
-    const float scale = f16_to_f32(half_scale);
-    quantize(block, scale > 0 ? 1.0f / scale : 0.0f, values + begin);
+    const I8Scale scale(max_magnitude(block));
+    std::memcpy(out + 2 * (begin / kI8Block), &scale.half, 2);
+    quantize(block, scale.inverse, values + begin);
   }
 }
 
@@ -81,6 +90,23 @@ void decode_i8(const std::byte* in, std::span<float> row) {
     const std::size_t end = std::min(begin + kI8Block, row.size());
     for (std::size_t j = begin; j < end; ++j) {
       row[j] = scale * static_cast<float>(static_cast<std::int8_t>(values[j]));
+    }
+  }
+}
+
+template <typename Test>
+void append_if(std::size_t begin, std::size_t end, std::vector<std::uint32_t>& columns,
+               const Test& test) {
+  constexpr std::size_t kGroup = 16;  // most have none, which is found out in straight code
+  for (; begin < end; begin += kGroup) {
+    const std::size_t group_end = std::min(begin + kGroup, end);
+    int n = 0;
+    if (group_end - begin == kGroup) {
+      for (std::size_t i = 0; i < kGroup; ++i) n += test(begin + i);
+      if (n == 0) continue;
+    }
+    for (std::size_t j = begin; j < group_end; ++j) {
+      if (test(j)) columns.push_back(static_cast<std::uint32_t>(j));
     }
   }
 }
@@ -133,6 +159,37 @@ void encode_wire_row(WireDtype dtype, std::span<const float> row, std::byte* out
       return;
     case WireDtype::kI8:
       encode_i8(row, out);
+      return;
+  }
+}
+
+void append_scale_edges(std::span<const float> row, float error,
+                        std::vector<std::uint32_t>& columns) {
+  for (std::size_t begin = 0; begin < row.size(); begin += kI8Block) {
+    const std::size_t end = std::min(begin + kI8Block, row.size());
+    const float largest = max_magnitude(row.subspan(begin, end - begin));
+    if (!near_scale_edge(largest, error)) continue;
+    append_if(begin, end, columns,
+              [&](std::size_t j) { return can_be_largest(row[j], largest, error); });
+  }
+}
+
+void append_code_edges(WireDtype dtype, std::span<const float> row, float error,
+                       std::vector<std::uint32_t>& columns) {
+  switch (dtype) {
+    case WireDtype::kF32:
+      return;
+    case WireDtype::kF16:
+      append_if(0, row.size(), columns,
+                [&](std::size_t j) { return near_f16_edge(row[j], error); });
+      return;
+    case WireDtype::kI8:
+      for (std::size_t begin = 0; begin < row.size(); begin += kI8Block) {
+        const std::size_t end = std::min(begin + kI8Block, row.size());
+        const I8Scale scale(max_magnitude(row.subspan(begin, end - begin)));
+        append_if(begin, end, columns,
+                  [&](std::size_t j) { return near_i8_edge(row[j], scale.inverse, error); });
+      }
       return;
   }
 }

@@ -14,6 +14,7 @@
 #include <optional>
 #include <span>
 #include <string_view>
+#include <vector>
 
 namespace infemeral {
 
@@ -38,6 +39,14 @@ std::size_t wire_row_bytes(WireDtype dtype, std::size_t cols);
 // are clamped to it (a step must never carry an infinity); in i8 a block's scale is clamped alike.
 // NaN is the caller's mistake and stays NaN in f32 and f16, 0 in i8.
 void encode_wire_row(WireDtype dtype, std::span<const float> row, std::byte* out);
+
+// Appends, in order, the columns of `row` whose bytes could be others if its values were off by up
+// to `error` (engine/wire_edges.h): in i8, first those that scales hang on, and when these are
+// exact, the rest.
+void append_scale_edges(std::span<const float> row, float error,
+                        std::vector<std::uint32_t>& columns);
+void append_code_edges(WireDtype dtype, std::span<const float> row, float error,
+                       std::vector<std::uint32_t>& columns);
 
 // The reverse; reads wire_row_bytes(dtype, row.size()) bytes at `in`.
 void decode_wire_row(WireDtype dtype, const std::byte* in, std::span<float> row);

@@ -17,7 +17,7 @@ namespace infemeral::cuda {
 
 struct CallBuffers {
   // embed, cloak
-  Array<__half> half_rows;              // kEmbedRows x stride: embedded rows of a prompt
+  Array<__half> half_rows;              // kEmbedRows x stride: embedded rows
   Array<float> embedded;                // kEmbedRows x stride: cloaked rows on their way out
   Array<std::uint32_t> encoded_blocks;  // 1: kernels/wire.h's counter of blocks that are done
 

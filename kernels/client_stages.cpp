@@ -1,79 +1,77 @@
 #include "kernels/client_stages.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "kernels/device.h"
 #include "kernels/rotate.h"
 
 namespace infemeral::cuda {
 
+// Of |x|: how far a fine sum of x * Q is from the exact one, at most. From H = 64 to 8,192 eight
+// standard deviations and more, as measured on an H200.
+static float sum_error(int hidden_size) {
+  return 0x1p-26f + 0x1p-21f / std::sqrt(static_cast<float>(hidden_size));
+}
+
 // --- embed, cloak ---
 
-Embed ClientStages::lookup(const std::int32_t* ids, int n) const {
+absl::Status ClientStages::embed_rows(int n, WireDtype dtype) const {
+  for (int first = 0; first < n; first += kMaxRows) {
+    Embed rows = lookup(state_.mailbox.ids() + first, first, std::min(kMaxRows, n - first));
+    if (first == 0) rows.times = state_.mailbox.lookup_times();
+    INFEMERAL_RETURN(embed_and_cloak(rows, first));
+  }
+  return encode(n, dtype, state_.mailbox.outgoing_rows());
+}
+
+// To rows [first, first + n) of the embedded ones.
+Embed ClientStages::lookup(const std::int32_t* ids, int first, int n) const {
   return {.ids = ids,
           .rows = n,
           .table = state_.weights.embedding_table(),
           .vocab_size = state_.shape.vocab_size,
           .stride = state_.shape.stride,
+          .out = state_.buffers.half_rows.data() + row_offset(first),
           .split = state_.buffers.planes_of_rows()};
 }
 
-absl::Status ClientStages::embed_rows(int n, WireDtype dtype) const {
-  Embed rows = lookup(state_.mailbox.ids(), n);
-  rows.times = state_.mailbox.lookup_times();
-  const bool many = n > kMaxRows;
-  if (many) rows.out = state_.buffers.half_rows.data();
+// x * Q for up to kMaxRows rows.
+absl::Status ClientStages::embed_and_cloak(const Embed& rows, int first) const {
   INFEMERAL_CUDA(embed(stage(), rows));
-  return many ? cloak_many(n, dtype, state_.mailbox.outgoing_rows())
-              : cloak(n, dtype, state_.mailbox.outgoing_rows());
-}
-
-// x * Q for n embedded rows that lie as planes.
-absl::Status ClientStages::cloak(int n, WireDtype dtype, const Outgoing& to) const {
   INFEMERAL_CUDA(rotate(stage(), {.matrix = state_.cloak.transposed.data(),
                                   .rows = state_.shape.hidden_size,
                                   .stride = state_.shape.stride,
-                                  .states = state_.buffers.planes_of_rows(),
-                                  .n = n,
-                                  .out = state_.buffers.embedded.data()}));
-  return encode(stage(), n, dtype, to);
+                                  .states = rows.split,
+                                  .n = rows.rows,
+                                  .fine = true,
+                                  .out = state_.buffers.embedded.data() + row_offset(first)}));
+  return absl::OkStatus();
 }
 
-// The same for rows as they are, by cuBLAS.
-absl::Status ClientStages::cloak_many(int n, WireDtype dtype, const Outgoing& to) const {
-  // Row-major, cuBLAS sees the transposes: (X Q)^T = Q^T X^T.
-  const float one = 1, zero = 0;
-  const int h = state_.shape.hidden_size, stride = state_.shape.stride;
-  INFEMERAL_RETURN(cublas_status(
-      cublasGemmEx(state_.cublas.get(), CUBLAS_OP_N, CUBLAS_OP_N, h, n, h, &one,
-                   state_.cloak.rows.data(), CUDA_R_16F, stride, state_.buffers.half_rows.data(),
-                   CUDA_R_16F, stride, &zero, state_.buffers.embedded.data(), CUDA_R_32F, stride,
-                   CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-      "cublasGemmEx"));
-  // A kernel of cuBLAS does not let the next one start early.
-  Stage behind_cublas = stage();
-  behind_cublas.overlap = false;
-  return encode(behind_cublas, n, dtype, to);
-}
-
-absl::Status ClientStages::encode(const Stage& stage, int n, WireDtype dtype,
-                                  const Outgoing& to) const {
+absl::Status ClientStages::encode(int n, WireDtype dtype, const Outgoing& to) const {
   if (options_.cloak_noise > 0) {
-    INFEMERAL_CUDA(add_noise(stage, {.rows = state_.buffers.embedded.data(),
-                                     .n = n,
-                                     .hidden_size = state_.shape.hidden_size,
-                                     .stride = state_.shape.stride,
-                                     .level = options_.cloak_noise,
-                                     .key = options_.noise_key,
-                                     .sequence = to.sequence}));
+    INFEMERAL_CUDA(add_noise(stage(), {.rows = state_.buffers.embedded.data(),
+                                       .n = n,
+                                       .hidden_size = state_.shape.hidden_size,
+                                       .stride = state_.shape.stride,
+                                       .level = options_.cloak_noise,
+                                       .key = options_.noise_key,
+                                       .sequence = to.sequence}));
   }
-  INFEMERAL_CUDA(cuda::encode(stage, {.in = state_.buffers.embedded.data(),
-                                      .rows = n,
-                                      .hidden_size = state_.shape.hidden_size,
-                                      .stride = state_.shape.stride,
-                                      .dtype = dtype,
-                                      .wire = to.wire,
-                                      .done = to.done,
-                                      .sequence = to.sequence,
-                                      .finished = state_.buffers.encoded_blocks.data()}));
+  INFEMERAL_CUDA(cuda::encode(
+      stage(), {.in = state_.buffers.embedded.data(),
+                .plain = state_.buffers.half_rows.data(),
+                .matrix = options_.cloak_noise > 0 ? nullptr : state_.cloak.transposed.data(),
+                .sum_error = sum_error(state_.shape.hidden_size),
+                .rows = n,
+                .hidden_size = state_.shape.hidden_size,
+                .stride = state_.shape.stride,
+                .dtype = dtype,
+                .wire = to.wire,
+                .done = to.done,
+                .sequence = to.sequence,
+                .finished = state_.buffers.encoded_blocks.data()}));
   return absl::OkStatus();
 }
 
@@ -147,9 +145,9 @@ absl::Status ClientStages::next_token(const HeadKey& key) const {
   INFEMERAL_RETURN(de_embed_and_sample(key));
   if (key.rows > 1) return absl::OkStatus();
   // The token's own cloaked row, which the next step will ask for.
-  INFEMERAL_CUDA(embed(stage(), lookup(state_.buffers.tokens.data(), 1)));
-  return cloak(1, key.dtype,
-               state_.mailbox.outgoing_next_row(&state_.buffers.rows.data()->request.sequence));
+  INFEMERAL_RETURN(embed_and_cloak(lookup(state_.buffers.tokens.data(), 0, 1), 0));
+  return encode(1, key.dtype,
+                state_.mailbox.outgoing_next_row(&state_.buffers.rows.data()->request.sequence));
 }
 
 absl::Status ClientStages::de_embed_and_sample(const HeadKey& key) const {

@@ -6,6 +6,7 @@
 // mailbox before, and the answers come there.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "absl/status/status.h"
@@ -63,10 +64,12 @@ class ClientStages {
 
  private:
   const Stage& stage() const { return state_.device.stage; }
-  Embed lookup(const std::int32_t* ids, int n) const;
-  absl::Status cloak(int n, WireDtype dtype, const Outgoing& to) const;
-  absl::Status cloak_many(int n, WireDtype dtype, const Outgoing& to) const;
-  absl::Status encode(const Stage& stage, int n, WireDtype dtype, const Outgoing& to) const;
+  std::size_t row_offset(int row) const {
+    return static_cast<std::size_t>(row) * static_cast<std::size_t>(state_.shape.stride);
+  }
+  Embed lookup(const std::int32_t* ids, int first, int n) const;
+  absl::Status embed_and_cloak(const Embed& rows, int first) const;
+  absl::Status encode(int n, WireDtype dtype, const Outgoing& to) const;
   absl::Status decode(int n, WireDtype dtype) const;
   absl::Status uncloak(int n, WireDtype dtype) const;
   absl::Status refine(const Rotate& product) const;

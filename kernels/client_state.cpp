@@ -20,7 +20,7 @@ absl::StatusOr<std::unique_ptr<ClientState>> ClientState::load(const ClientFolde
   }
   // Beside the weights, which wait for the bus while this one is busy with the libraries.
   std::future<absl::Status> cloak =
-      std::async(std::launch::async, [&] { return s.load_cloak_and_cublas(folder); });
+      std::async(std::launch::async, [&] { return s.load_cloak_beside(folder); });
 
   const WeightsOptions options = {
       .place = memory == CudaMemory::kSplit ? Place::kPinned : Place::kDevice,
@@ -38,19 +38,15 @@ absl::StatusOr<std::unique_ptr<ClientState>> ClientState::load(const ClientFolde
 }
 
 // By a thread of its own, on a stream of its own until all is there.
-absl::Status ClientState::load_cloak_and_cublas(const ClientFolder& client) {
+absl::Status ClientState::load_cloak_beside(const ClientFolder& client) {
   INFEMERAL_CUDA(cudaSetDevice(device.index));
   cudaStream_t stream = nullptr;
   INFEMERAL_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   const Stream own(stream);
-  cublasHandle_t handle = nullptr;
-  INFEMERAL_RETURN(cublas_status(cublasCreate(&handle), "cublasCreate"));
-  cublas = Cublas(handle);
-  INFEMERAL_RETURN(cublas_status(cublasSetStream(handle, stream), "cublasSetStream"));
   Stage stage = device.stage;
   stage.stream = stream;
-  INFEMERAL_ASSIGN(cloak, load_cloak(stage, cublas, client, usage));
-  return cublas_status(cublasSetStream(handle, device.stage.stream), "cublasSetStream");
+  INFEMERAL_ASSIGN(cloak, load_cloak(stage, client, usage));
+  return absl::OkStatus();
 }
 
 void ClientState::drain() const {

@@ -23,7 +23,6 @@ namespace infemeral::cuda {
 struct ClientState {
   DeviceUsage usage;
   Device device;
-  Cublas cublas;  // of the device's stream
   ClientShape shape;
   ClientWeights weights;
   std::optional<SubsetHead> subset;  // of the subset head
@@ -43,7 +42,7 @@ struct ClientState {
   void drain() const;
 
  private:
-  absl::Status load_cloak_and_cublas(const ClientFolder& folder);
+  absl::Status load_cloak_beside(const ClientFolder& folder);
 };
 
 }  // namespace infemeral::cuda

@@ -1,5 +1,6 @@
 #include "kernels/cloak.h"
 
+#include <cublas_v2.h>
 #include <cusolverDn.h>
 
 #include <algorithm>
@@ -16,6 +17,19 @@ constexpr float kMaxOrthogonalityError = 1e-3f;
 // Below it the host is done before cuSOLVER is ready.
 constexpr std::size_t kMinDeviceSize = 1024;
 
+cudaError_t destroy_cublas(cublasHandle_t handle) {
+  return cublasDestroy(handle) == CUBLAS_STATUS_SUCCESS ? cudaSuccess : cudaErrorUnknown;
+}
+using Cublas = Handle<cublasHandle_t, destroy_cublas>;
+
+absl::Status cublas_status(cublasStatus_t error, std::string_view what) {
+  if (error == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
+  if (error == CUBLAS_STATUS_ALLOC_FAILED) {
+    return absl::ResourceExhaustedError(cat(what, ": the GPU has not enough free memory"));
+  }
+  return absl::InternalError(cat(what, ": ", cublasGetStatusString(error)));
+}
+
 cudaError_t destroy_cusolver(cusolverDnHandle_t handle) {
   return cusolverDnDestroy(handle) == CUSOLVER_STATUS_SUCCESS ? cudaSuccess : cudaErrorUnknown;
 }
@@ -29,8 +43,12 @@ absl::Status cusolver_status(cusolverStatus_t error, std::string_view what) {
   return absl::InternalError(cat(what, ": cuSOLVER error ", static_cast<int>(error)));
 }
 
-absl::Status check_orthogonal(const Stage& stage, const Cublas& cublas, std::size_t n,
-                              const __half* rows, DeviceUsage& usage) {
+absl::Status check_orthogonal(const Stage& stage, std::size_t n, const __half* rows,
+                              DeviceUsage& usage) {
+  cublasHandle_t raw = nullptr;
+  INFEMERAL_RETURN(cublas_status(cublasCreate(&raw), "cublasCreate"));
+  const Cublas cublas(raw);
+  INFEMERAL_RETURN(cublas_status(cublasSetStream(raw, stage.stream), "cublasSetStream"));
   auto product = Array<float>::make(Place::kDevice, n * n, usage);
   if (!product.ok()) return product.status();
   auto worst = Array<float>::make(Place::kDevice, 1, usage);
@@ -38,8 +56,8 @@ absl::Status check_orthogonal(const Stage& stage, const Cublas& cublas, std::siz
   const int size = static_cast<int>(n), stride = padded(size);
   const float one = 1, zero = 0;
   INFEMERAL_RETURN(cublas_status(
-      cublasGemmEx(cublas.get(), CUBLAS_OP_T, CUBLAS_OP_N, size, size, size, &one, rows, CUDA_R_16F,
-                   stride, rows, CUDA_R_16F, stride, &zero, product->data(), CUDA_R_32F, size,
+      cublasGemmEx(raw, CUBLAS_OP_T, CUBLAS_OP_N, size, size, size, &one, rows, CUDA_R_16F, stride,
+                   rows, CUDA_R_16F, stride, &zero, product->data(), CUDA_R_32F, size,
                    CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
       "cublasGemmEx"));
   INFEMERAL_CUDA(identity_error(stage, product->data(), size, worst->data()));
@@ -54,16 +72,8 @@ absl::Status check_orthogonal(const Stage& stage, const Cublas& cublas, std::siz
 
 }  // namespace
 
-absl::Status cublas_status(cublasStatus_t error, std::string_view what) {
-  if (error == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
-  if (error == CUBLAS_STATUS_ALLOC_FAILED) {
-    return absl::ResourceExhaustedError(cat(what, ": the GPU has not enough free memory"));
-  }
-  return absl::InternalError(cat(what, ": ", cublasGetStatusString(error)));
-}
-
-absl::Status generate_cloak(const Stage& stage, const Cublas& cublas, const CloakSeed& seed,
-                            std::size_t n, __half* rows, DeviceUsage& usage) {
+absl::Status generate_cloak(const Stage& stage, const CloakSeed& seed, std::size_t n, __half* rows,
+                            DeviceUsage& usage) {
   const cudaStream_t stream = stage.stream;
   const int size = static_cast<int>(n);
   // Column-major, as the keystream fills it and LAPACK wants it. Wiped when released.
@@ -110,14 +120,15 @@ absl::Status generate_cloak(const Stage& stage, const Cublas& cublas, const Cloa
                       "cusolverDnDorgqr"));
   INFEMERAL_CUDA(store_rounded(stage, matrix->data(), signs->data(), size, padded(size), rows));
   INFEMERAL_CUDA(cudaStreamSynchronize(stream));
-  return check_orthogonal(stage, cublas, n, rows, usage);
+  return check_orthogonal(stage, n, rows, usage);
 }
 
-absl::StatusOr<DeviceCloak> load_cloak(const Stage& stage, const Cublas& cublas,
-                                       const ClientFolder& folder, DeviceUsage& usage) {
+absl::StatusOr<DeviceCloak> load_cloak(const Stage& stage, const ClientFolder& folder,
+                                       DeviceUsage& usage) {
   const std::size_t n = folder.manifest.hidden_size, stride = padded(static_cast<int>(n));
   DeviceCloak cloak;
-  for (const auto& [array, size] : {std::pair{&cloak.rows, n * stride},
+  Array<__half> rows;  // Q, row-major; wiped when released
+  for (const auto& [array, size] : {std::pair{&rows, n * stride},
                                     {&cloak.packed, packed_size(static_cast<int>(n))},
                                     {&cloak.transposed, packed_size(static_cast<int>(n))}}) {
     auto made = Array<__half>::make(Place::kDevice, size, usage);
@@ -125,18 +136,18 @@ absl::StatusOr<DeviceCloak> load_cloak(const Stage& stage, const Cublas& cublas,
     *array = *std::move(made);
   }
   if (folder.manifest.cloak_mode == CloakMode::kLazy && n >= kMinDeviceSize) {
-    INFEMERAL_RETURN(generate_cloak(stage, cublas, folder.seed, n, cloak.rows.data(), usage));
+    INFEMERAL_RETURN(generate_cloak(stage, folder.seed, n, rows.data(), usage));
   } else {
     const absl::StatusOr<Cloak> host = folder.load_cloak();
     if (!host.ok()) return host.status();
-    INFEMERAL_CUDA(cudaMemcpy2DAsync(cloak.rows.data(), stride * sizeof(__half),
-                                     host->values().data(), n * sizeof(__half), n * sizeof(__half),
-                                     n, cudaMemcpyHostToDevice, stage.stream));
+    INFEMERAL_CUDA(cudaMemcpy2DAsync(rows.data(), stride * sizeof(__half), host->values().data(),
+                                     n * sizeof(__half), n * sizeof(__half), n,
+                                     cudaMemcpyHostToDevice, stage.stream));
     INFEMERAL_CUDA(cudaStreamSynchronize(stage.stream));
   }
   const int size = static_cast<int>(n);
-  INFEMERAL_CUDA(pack_matrix(stage, cloak.rows.data(), size, false, cloak.packed.data()));
-  INFEMERAL_CUDA(pack_matrix(stage, cloak.rows.data(), size, true, cloak.transposed.data()));
+  INFEMERAL_CUDA(pack_matrix(stage, rows.data(), size, false, cloak.packed.data()));
+  INFEMERAL_CUDA(pack_matrix(stage, rows.data(), size, true, cloak.transposed.data()));
   INFEMERAL_CUDA(cudaStreamSynchronize(stage.stream));
   return cloak;
 }

@@ -78,8 +78,10 @@ __device__ uint4 load_plane(const std::byte* p) {
 }
 
 // A block takes Tiles x 16 rows, a warp an eighth of their columns. For few states it leaves
-// registers for the kernels that stand by. Ahead is even.
-template <int Groups, int Tiles, int Ahead>
+// registers for the kernels that stand by. Ahead is even. Fine: tensor cores cut off what float32
+// cannot hold, always towards zero, so they add up a block's products and rounding additions the
+// blocks.
+template <int Groups, int Tiles, int Ahead, bool Fine>
 __global__ void __launch_bounds__(kWarps* kWarp, Groups == 1 ? 2 : 1) rotate_kernel(Rotate p) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int blocks = p.stride / kBlockColumns;
@@ -149,8 +151,18 @@ __global__ void __launch_bounds__(kWarps* kWarp, Groups == 1 ? 2 : 1) rotate_ker
 #pragma unroll
         for (int tile = 0; tile < Tiles; ++tile) {
           const uint4 upper = a[i][tile][0], lower = a[i][tile][1];
-          multiply_add(sums[tile][g], upper.x, lower.x, upper.y, lower.y, y.x, y.y);
-          multiply_add(sums[tile][g], upper.z, lower.z, upper.w, lower.w, y.z, y.w);
+          const auto add_block = [&](float(&to)[4]) {
+            multiply_add(to, upper.x, lower.x, upper.y, lower.y, y.x, y.y);
+            multiply_add(to, upper.z, lower.z, upper.w, lower.w, y.z, y.w);
+          };
+          if constexpr (Fine) {
+            float few[4] = {};
+            add_block(few);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sums[tile][g][j] += few[j];
+          } else {
+            add_block(sums[tile][g]);
+          }
         }
       }
     }
@@ -189,8 +201,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, Groups == 1 ? 2 : 1) rotate_ker
 template <int Groups, int Tiles, int Ahead>
 cudaError_t run(const Stage& stage, const Rotate& args) {
   const int rows = Tiles * kTileRows;
-  return launch(stage, {dim3((args.rows + rows - 1) / rows), dim3(kWarps * kWarp)},
-                rotate_kernel<Groups, Tiles, Ahead>, args);
+  const auto kernel = args.fine ? rotate_kernel<Groups, Tiles, Ahead, true>
+                                : rotate_kernel<Groups, Tiles, Ahead, false>;
+  return launch(stage, {dim3((args.rows + rows - 1) / rows), dim3(kWarps * kWarp)}, kernel, args);
 }
 
 }  // namespace

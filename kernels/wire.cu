@@ -2,7 +2,9 @@
 
 #include <curand_kernel.h>
 
+#include "engine/wire_edges.h"
 #include "kernels/common.cuh"
+#include "kernels/exact_dot.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/split.cuh"
 
@@ -51,17 +53,6 @@ __device__ float wire_value(WireDtype dtype, const std::byte* row, int cols, int
     }
   }
   return 0;
-}
-
-__device__ void widen(const uint4& halves, float (&x)[8]) {
-  __half2 pairs[4];
-  memcpy(pairs, &halves, sizeof pairs);
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    const float2 pair = __half22float2(pairs[j]);
-    x[2 * j] = pair.x;
-    x[2 * j + 1] = pair.y;
-  }
 }
 
 // Eight values of a row of the wire from column c on, zeros beyond its end. One load over the bus
@@ -174,16 +165,13 @@ __global__ void __launch_bounds__(kRowThreads) embed_kernel(Embed p) {
   const __half* row = p.table + static_cast<std::size_t>(valid ? id : 0) * p.stride;
   for (int c = threadIdx.x * 8; c < p.stride; c += blockDim.x * 8) {
     const uint4 values = *reinterpret_cast<const uint4*>(row + c);
-    if (p.out != nullptr) {
-      const std::size_t at = static_cast<std::size_t>(blockIdx.x) * p.stride + c;
-      *reinterpret_cast<uint4*>(p.out + at) = values;
-    } else {
-      float x[8];
-      widen(values, x);
-      write_split(p.split, column_groups(gridDim.x), blockIdx.x, c, x, 1);
-    }
+    const std::size_t at = static_cast<std::size_t>(blockIdx.x) * p.stride + c;
+    *reinterpret_cast<uint4*>(p.out + at) = values;
+    float x[8];
+    widen(values, x);
+    write_split(p.split, column_groups(gridDim.x), blockIdx.x, c, x, 1);
   }
-  if (p.out == nullptr && threadIdx.x == 0) p.split.units[blockIdx.x] = 1;
+  if (threadIdx.x == 0) p.split.units[blockIdx.x] = 1;
   if (leads && p.times != nullptr) p.times[1] = global_ns();
 }
 
@@ -206,62 +194,158 @@ __global__ void __launch_bounds__(kRowThreads) noise_kernel(AddNoise p) {
   }
 }
 
-// One warp takes one block of the i8 format.
-__device__ void encode_i8(const float* in, int cols, std::byte* row) {
-  const int size = static_cast<int>(kI8Block);
-  const int blocks = (cols + size - 1) / size;
-  const int lane = threadIdx.x % kWarp;
-  for (int b = threadIdx.x / kWarp; b < blocks; b += blockDim.x / kWarp) {
-    float x[2], largest = 0;
+// A block of threads takes a part of a row: a small one of few rows, so that they keep many
+// multiprocessors busy, or else a larger one. Parts are made of whole blocks of the i8 format.
+constexpr int kEncodeThreads = 256;
+constexpr int kManyEncodedRows = 8;
+constexpr int kSmallPart = 64, kPart = 1024;
+constexpr int kI8Size = static_cast<int>(kI8Block);
+static_assert(kI8Size == 2 * kWarp && kSmallPart % kI8Size == 0 && kPart % kI8Size == 0);
+
+// One warp's block of the i8 format: its scale, and the lane's two values.
+struct I8Values {
+  int first;  // column of the part
+  float x[2];
+  float largest, inverse;
+  __half scale;
+
+  __device__ I8Values(const float* part, int size, int block)
+      : first(block * kI8Size + static_cast<int>(threadIdx.x) % kWarp), largest(0) {
     for (int j = 0; j < 2; ++j) {
-      const int i = b * size + j * kWarp + lane;
-      x[j] = i < cols ? in[i] : 0;
+      const int i = first + j * kWarp;
+      x[j] = i < size ? part[i] : 0;
       largest = fmaxf(largest, fabsf(x[j]));
     }
     largest = warp_reduce(largest, Max());
-    const __half half_scale = half_clamped(largest / 127.0f);
-    if (lane == 0) memcpy(row + 2 * b, &half_scale, 2);
-    const float scale = __half2float(half_scale);
-    const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int j = 0; j < 2; ++j) {
-      const int i = b * size + j * kWarp + lane;
-      const float scaled = fminf(fmaxf(x[j] * inverse, -127.0f), 127.0f);
-      const int q = isnan(x[j]) ? 0 : __float2int_rn(scaled);
-      if (i < cols) row[2 * blocks + i] = static_cast<std::byte>(q);
-    }
+    scale = half_clamped(largest / 127.0f);
+    const float step = __half2float(scale);
+    inverse = step > 0 ? 1.0f / step : 0.0f;
+  }
+};
+
+// visit(block) for the warp's blocks.
+template <typename Visit>
+__device__ void for_i8_blocks(const float* part, int size, const Visit& visit) {
+  const int warp = threadIdx.x / kWarp;
+  for (int b = warp; b < (size + kI8Size - 1) / kI8Size; b += kEncodeThreads / kWarp) {
+    visit(I8Values(part, size, b));
   }
 }
 
-// One block a row. Pairs of float16 make one store: fewer, larger writes over the bus.
-__global__ void __launch_bounds__(1024) encode_kernel(Encode p) {
+// Values of a part of a row that engine/wire_edges.h wants to be exact.
+__device__ void sum_edges_exactly(const Encode& p, int row, int first, int size, float* part) {
+  constexpr int kWarps = kEncodeThreads / kWarp, kTeamWarps = 2;  // a team takes a value at a time
+  constexpr int kTeams = kWarps / kTeamWarps;
+  __shared__ unsigned short edges[kPart];
+  __shared__ double sums[kWarps];
+  __shared__ int n_edges;
+  const int warp = threadIdx.x / kWarp;
+  const __half* const plain = p.plain + static_cast<std::size_t>(row) * p.stride;
+  // |plain|, from the mean square of what it was rotated to: at least as many values as a small
+  // part has.
+  const float* const in = p.in + static_cast<std::size_t>(row) * p.stride;
+  const int end = first + size, begin = max(0, min(first, end - kSmallPart));
+  float squares = 0;
+  for (int i = begin + threadIdx.x; i < end; i += kEncodeThreads) squares += in[i] * in[i];
+  squares = block_reduce(squares, 0.0f, Sum());
+  const float error =
+      p.sum_error * sqrtf(squares * p.hidden_size / static_cast<float>(end - begin));
+
+  const auto note = [&](int i) { edges[atomicAdd(&n_edges, 1)] = static_cast<unsigned short>(i); };
+  const auto find_edges = [&](bool of_scales) {
+    if (p.dtype != WireDtype::kI8) {
+      for (int i = threadIdx.x; i < size; i += kEncodeThreads) {
+        if (near_f16_edge(part[i], error)) note(i);
+      }
+      return;
+    }
+    for_i8_blocks(part, size, [&](const I8Values& block) {
+      if (of_scales && !near_scale_edge(block.largest, error)) return;
+      for (int j = 0; j < 2; ++j) {
+        const int i = block.first + j * kWarp;
+        const bool near_edge = of_scales ? can_be_largest(block.x[j], block.largest, error)
+                                         : near_i8_edge(block.x[j], block.inverse, error);
+        if (i < size && near_edge) note(i);
+      }
+    });
+  };
+  // What the scales of i8 blocks hang on comes before the codes.
+#pragma unroll 1
+  for (bool of_scales = p.dtype == WireDtype::kI8;; of_scales = false) {
+    if (threadIdx.x == 0) n_edges = 0;
+    __syncthreads();
+    find_edges(of_scales);
+    __syncthreads();
+#pragma unroll 1
+    for (int e = 0; e < n_edges; e += kTeams) {
+      const int own = e + warp / kTeamWarps;
+      if (own < n_edges) {
+        const double sum =
+            exact_dot<kTeamWarps>(p.matrix, first + edges[own], plain, p.stride, warp % kTeamWarps);
+        if (threadIdx.x % kWarp == 0) sums[warp] = sum;
+      }
+      __syncthreads();
+      if (threadIdx.x < kTeams && e + static_cast<int>(threadIdx.x) < n_edges) {
+        double sum = 0;
+        for (int share = 0; share < kTeamWarps; ++share) {
+          sum += sums[threadIdx.x * kTeamWarps + share];
+        }
+        part[edges[e + threadIdx.x]] = static_cast<float>(sum);
+      }
+      __syncthreads();
+    }
+    if (!of_scales) return;
+  }
+}
+
+__global__ void __launch_bounds__(kEncodeThreads) encode_kernel(Encode p, int part_size) {
+  __shared__ float part[kPart];
   let_next_start();
   wait_for_previous();
-  const float* in = p.in + static_cast<std::size_t>(blockIdx.x) * p.stride;
-  std::byte* row = p.wire + blockIdx.x * row_bytes(p.dtype, p.hidden_size);
-  const int cols = p.hidden_size;
+  const int cols = p.hidden_size, row = blockIdx.y, first = blockIdx.x * part_size;
+  const int size = min(part_size, cols - first);
+  const float* in = p.in + static_cast<std::size_t>(row) * p.stride + first;
+  for (int i = threadIdx.x; i < size; i += kEncodeThreads) part[i] = in[i];
+  __syncthreads();
+  if (p.matrix != nullptr) sum_edges_exactly(p, row, first, size, part);
+  std::byte* out = p.wire + row * row_bytes(p.dtype, cols);
   switch (p.dtype) {
     case WireDtype::kF32:
-      for (int i = threadIdx.x; i < cols; i += blockDim.x) memcpy(row + 4 * i, in + i, 4);
-      break;
-    case WireDtype::kF16:
-      if (cols % 2 == 0) {
-        auto* pairs = reinterpret_cast<__half2*>(row);
-        for (int i = threadIdx.x; i < cols / 2; i += blockDim.x) {
-          pairs[i] = __halves2half2(half_clamped(in[2 * i]), half_clamped(in[2 * i + 1]));
-        }
-      } else {
-        auto* halves = reinterpret_cast<__half*>(row);
-        for (int i = threadIdx.x; i < cols; i += blockDim.x) halves[i] = half_clamped(in[i]);
+      for (int i = threadIdx.x; i < size; i += kEncodeThreads) {
+        memcpy(out + 4 * (first + i), part + i, 4);
       }
       break;
-    case WireDtype::kI8:
-      encode_i8(in, cols, row);
+    case WireDtype::kF16:
+      if (cols % 2 == 0) {  // pairs make one store: fewer, larger writes over the bus
+        auto* pairs = reinterpret_cast<__half2*>(out) + first / 2;
+        for (int i = threadIdx.x; i < size / 2; i += kEncodeThreads) {
+          pairs[i] = __halves2half2(half_clamped(part[2 * i]), half_clamped(part[2 * i + 1]));
+        }
+      } else {
+        auto* halves = reinterpret_cast<__half*>(out) + first;
+        for (int i = threadIdx.x; i < size; i += kEncodeThreads) halves[i] = half_clamped(part[i]);
+      }
       break;
+    case WireDtype::kI8: {
+      std::byte* const scales = out + 2 * (first / kI8Size);
+      std::byte* const codes = out + 2 * ((cols + kI8Size - 1) / kI8Size) + first;
+      for_i8_blocks(part, size, [&](const I8Values& block) {
+        if (threadIdx.x % kWarp == 0) memcpy(scales + 2 * (block.first / kI8Size), &block.scale, 2);
+        for (int j = 0; j < 2; ++j) {
+          const int i = block.first + j * kWarp;
+          const float steps = fminf(fmaxf(block.x[j] * block.inverse, -127.0f), 127.0f);
+          if (i < size) {
+            codes[i] = static_cast<std::byte>(isnan(block.x[j]) ? 0 : __float2int_rn(steps));
+          }
+        }
+      });
+      break;
+    }
   }
   __threadfence_system();
   __syncthreads();
   if (threadIdx.x != 0) return;
-  if (atomicAdd(p.finished, 1u) + 1 != gridDim.x) return;
+  if (atomicAdd(p.finished, 1u) + 1 != gridDim.x * gridDim.y) return;
   *p.finished = 0;
   __threadfence_system();
   *static_cast<volatile std::uint32_t*>(p.done) = *p.sequence;
@@ -274,8 +358,7 @@ cudaError_t decode(const Stage& stage, const Decode& args) {
 }
 
 cudaError_t embed(const Stage& stage, const Embed& args) {
-  return launch(stage, {dim3(args.rows), dim3(args.out == nullptr ? kRowThreads : 128)},
-                embed_kernel, args);
+  return launch(stage, {dim3(args.rows), dim3(kRowThreads)}, embed_kernel, args);
 }
 
 cudaError_t add_noise(const Stage& stage, const AddNoise& args) {
@@ -283,7 +366,11 @@ cudaError_t add_noise(const Stage& stage, const AddNoise& args) {
 }
 
 cudaError_t encode(const Stage& stage, const Encode& args) {
-  return launch(stage, {dim3(args.rows), dim3(args.rows > 8 ? 256 : 1024)}, encode_kernel, args);
+  const int part = args.rows > kManyEncodedRows ? kPart : kSmallPart;
+  Encode p = args;
+  if (p.dtype == WireDtype::kF32) p.matrix = nullptr;  // it rounds no sum
+  return launch(stage, {dim3((p.hidden_size + part - 1) / part, p.rows), dim3(kEncodeThreads)},
+                encode_kernel, p, part);
 }
 
 }  // namespace infemeral::cuda

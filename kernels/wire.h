@@ -31,16 +31,16 @@ struct Decode {
 };
 cudaError_t decode(const Stage& stage, const Decode& args);
 
-// Rows of the embedding table, as planes for a decode step or as they are for a prefill. Ids beyond
-// the table read row 0.
+// Rows of the embedding table, as they are and as planes; up to kMaxRows. Ids beyond the table read
+// row 0.
 struct Embed {
   const std::int32_t* ids = nullptr;  // device or mapped
   int rows = 0;
   const __half* table = nullptr;  // vocab_size x stride
   int vocab_size = 0;
   int stride = 0;
-  Split split;                          // of up to kMaxRows rows
-  __half* out = nullptr;                // rows x stride, instead of split
+  __half* out = nullptr;  // rows x stride
+  Split split;
   unsigned long long* times = nullptr;  // two, mapped: when the lookup began and ended
 };
 cudaError_t embed(const Stage& stage, const Embed& args);
@@ -57,9 +57,13 @@ struct AddNoise {
 };
 cudaError_t add_noise(const Stage& stage, const AddNoise& args);
 
-// Rows on their way to the body, into mapped host memory.
+// Rows on their way to the body, into mapped host memory. With `matrix`, the rows are `plain` times
+// it, and their bytes those of engine/wire_edges.h.
 struct Encode {
-  const float* in = nullptr;  // rows x stride
+  const float* in = nullptr;       // rows x stride
+  const __half* plain = nullptr;   // rows x stride: in[s][i] = matrix[i] . plain[s]
+  const __half* matrix = nullptr;  // packed (kernels/rotate.h); nullptr: `in` is taken as it is
+  float sum_error = 0;             // of |plain[s]|: how far in[s][i] is from that, at most
   int rows = 0;
   int hidden_size = 0;
   int stride = 0;

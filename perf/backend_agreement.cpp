@@ -94,12 +94,13 @@ int run(int argc, char** argv) {
   const Way ways[] = {
       {"greedy, wire f32", WireDtype::kF32, {}},
       {"greedy, wire f16", WireDtype::kF16, {}},
-      {"T 1", WireDtype::kF32, {.temperature = 1, .seed = 21}},
-      {"T 0.7, top-p 0.9", WireDtype::kF32, {.temperature = 0.7f, .top_p = 0.9f, .seed = 22}},
+      {"greedy, wire i8", WireDtype::kI8, {}},
+      {"T 1", WireDtype::kF16, {.temperature = 1, .seed = 21}},
+      {"T 0.7, top-p 0.9", WireDtype::kF16, {.temperature = 0.7f, .top_p = 0.9f, .seed = 22}},
       {"T 0.7, top-k 50, top-p 0.9",
-       WireDtype::kF32,
+       WireDtype::kF16,
        {.temperature = 0.7f, .top_k = 50, .top_p = 0.9f, .seed = 23}},
-      {"T 0.8, min-p 0.05", WireDtype::kF32, {.temperature = 0.8f, .min_p = 0.05f, .seed = 24}}};
+      {"T 0.8, min-p 0.05", WireDtype::kF16, {.temperature = 0.8f, .min_p = 0.05f, .seed = 24}}};
   bool sound = true;
   for (const Way& way : ways) {
     std::size_t equal = 0, prompts = 0, tokens = 0;

@@ -24,8 +24,6 @@ struct Cpu {
   static constexpr bool kNeedsDevice = false;
   static constexpr double kUnit = 0x1p-24;    // of float32 sums; see client_fixture.h
   static constexpr bool kHostLibrary = true;  // its logarithms are the host's, to the last bit
-  // Up to so many ids embedded at once give the bits of each alone.
-  static constexpr std::size_t kAlikeRows = 1000;
   static MadeBackend make(ClientFolder folder, HeadMode head) {
     return make_cpu_client_backend(std::move(folder), {.head = head});
   }
@@ -36,7 +34,6 @@ struct Cuda {
   static constexpr bool kNeedsDevice = true;
   static constexpr double kUnit = 0x1p-23;  // tensor cores truncate
   static constexpr bool kHostLibrary = false;
-  static constexpr std::size_t kAlikeRows = 32;  // a prompt of more goes through cuBLAS
   static MadeBackend make(ClientFolder folder, HeadMode head) {
     return make_cuda_client_backend(std::move(folder), {.head = head}, {});
   }

@@ -222,6 +222,71 @@ TEST_CASE("strides leave what lies between the rows alone") {
   }
 }
 
+TEST_CASE("sums of binary16 products are as near to exact ones as sum_error says") {
+  const std::uint64_t seed = reseed();
+  CAPTURE(seed);
+  for (const Kernels* kernels : simd::available_kernels()) {
+    for (std::size_t k :
+         {64 + random_index(64), 500 + random_index(200), 4000 + random_index(200)}) {
+      CAPTURE(kernels->name, k);
+      const std::size_t n = 2000;
+      const Weights w(Format::kF16, n * k);
+      std::vector<float> a = normals(k), c(n);
+      for (float& x : a) x = f16_to_f32(f32_to_f16(x));
+      kernels->matmul[static_cast<std::size_t>(Format::kF16)]({.a = a.data(),
+                                                               .lda = k,
+                                                               .w = w.data,
+                                                               .ldw = k,
+                                                               .c = c.data(),
+                                                               .ldc = n,
+                                                               .m = 1,
+                                                               .n = n,
+                                                               .k = k});
+      double squares_a = 0, worst = 0, mean = 0;
+      for (float x : a) squares_a += static_cast<double>(x) * x;
+      for (std::size_t j = 0; j < n; ++j) {
+        double sum = 0, squares = 0;
+        for (std::size_t i = 0; i < k; ++i) {
+          const double weight = w.values[j * k + i];
+          sum += a[i] * weight;
+          squares += weight * weight;
+        }
+        const double error = std::fabs(c[j] - sum) / std::sqrt(squares * squares_a);
+        worst = std::max(worst, error);
+        mean += error * error / static_cast<double>(n);
+      }
+      CHECK(worst < 2 * kernels->sum_error);
+      CHECK(std::sqrt(mean) < kernels->sum_error / 5);
+    }
+  }
+}
+
+TEST_CASE("exact_dot is the sum without its roundings") {
+  const std::uint64_t seed = reseed();
+  CAPTURE(seed);
+  for (const Kernels* kernels : simd::available_kernels()) {
+    for (std::size_t n :
+         {std::size_t{1}, std::size_t{3}, std::size_t{64}, 1 + random_index(5000)}) {
+      CAPTURE(kernels->name, n);
+      const Weights w(Format::kF16, n);
+      std::vector<float> x(n);
+      long double sum = 0, magnitudes = 0;
+      for (std::size_t i = 0; i < n; ++i) {
+        // Sums that leave little of what went into them.
+        x[i] = f16_to_f32(f32_to_f16(i % 2 == 1 ? -x[i - 1] * w.values[i - 1] / w.values[i]
+                                                : normal() * std::exp2(normal())));
+        if (!std::isfinite(x[i]) || std::fabs(x[i]) > 60000) x[i] = 1;
+        const long double product = static_cast<long double>(x[i]) * w.values[i];
+        sum += product;
+        magnitudes += std::fabs(product);
+      }
+      const double got =
+          kernels->exact_dot(x.data(), reinterpret_cast<const std::uint16_t*>(w.data), n);
+      CHECK(std::fabs(got - sum) <= magnitudes * 0x1p-44L);
+    }
+  }
+}
+
 TEST_CASE("accumulate adds A * W to C") {
   for (const Kernels* kernels : simd::available_kernels()) {
     for (Format format : {Format::kF32, Format::kF16}) {

@@ -2,6 +2,7 @@
 
 #include <catch2/catch.hpp>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -123,6 +124,59 @@ TEST_CASE("rows of any bits are converted like their single values") {
       scaled = std::min(std::max(scaled, -127.0f), 127.0f);
       REQUIRE(static_cast<std::int8_t>(i8[scales + j]) == std::nearbyint(scaled));
     }
+  }
+}
+
+TEST_CASE("values whose code an error could change are found, and few others") {
+  const std::uint64_t seed = reseed();
+  CAPTURE(seed);
+  const auto code = [](WireDtype dtype, std::vector<float> row, std::size_t j, float x) {
+    row[j] = x;
+    std::vector<std::byte> bytes(wire_row_bytes(dtype, row.size()));
+    encode_wire_row(dtype, row, bytes.data());
+    return bytes;
+  };
+  for (const WireDtype dtype : {WireDtype::kF32, WireDtype::kF16, WireDtype::kI8}) {
+    CAPTURE(wire_dtype_name(dtype).data());
+    std::size_t n = 0, n_found = 0, n_changed = 0;
+    for (int round = 0; round < 400; ++round) {
+      // From numbers that binary16 keeps as subnormals to its largest.
+      const float size = std::exp2(static_cast<float>(random_index(33)) - 20);
+      const float error = size * std::exp2(-12 - static_cast<float>(random_index(10)));
+      std::vector<float> row(1 + random_index(150));
+      for (float& x : row) {
+        x = size * normal();
+        if (random_index(4) == 0) {  // on an edge, or nearly
+          const std::uint16_t half = f32_to_f16(x);
+          x = (f16_to_f32(half) + f16_to_f32(half + 1)) / 2 + error * normal();
+        }
+      }
+      std::vector<bool> found(row.size());
+      const auto find = [&](const auto& append) {
+        std::vector<std::uint32_t> columns = {77};  // is appended to
+        append(columns);
+        REQUIRE(columns[0] == 77);
+        for (std::size_t c = 1; c < columns.size(); ++c) {
+          REQUIRE((c == 1 || columns[c] > columns[c - 1]));
+          found.at(columns[c]) = true;
+        }
+      };
+      if (dtype == WireDtype::kI8) {
+        find([&](auto& columns) { append_scale_edges(row, error, columns); });
+      }
+      find([&](auto& columns) { append_code_edges(dtype, row, error, columns); });
+      for (std::size_t j = 0; j < row.size(); ++j) {
+        const auto as_it_is = code(dtype, row, j, row[j]);
+        const bool changes = code(dtype, row, j, row[j] - 0.99f * error) != as_it_is ||
+                             code(dtype, row, j, row[j] + 0.99f * error) != as_it_is;
+        CAPTURE(size, error, row[j], j, row.size());
+        if (dtype != WireDtype::kF32 && changes) REQUIRE(found[j]);
+        if (error <= size * 0x1p-18f) ++n, n_found += found[j], n_changed += changes;
+      }
+    }
+    if (dtype == WireDtype::kF32) CHECK(n_found == 0);
+    CHECK(n_found < n_changed * 2 + n / 20);
+    if (dtype == WireDtype::kF16) CHECK(n_changed > n / 50);
   }
 }
 

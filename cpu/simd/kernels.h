@@ -70,8 +70,16 @@ struct Kernels {
   // prefill of many rows gives the bits of as many decode steps, wherever tiles and threads cut.
   void (*matmul[kFormats])(const Product& product);
 
+  // How far an element of matmul's product is from the exact sum, of |a| |w|, where both hold
+  // binary16 numbers: farther than this once in a million sums.
+  float sum_error;
+
   // The same bits as matmul gives for these rows.
   void (*matmul_picked[kFormats])(const RowsProduct& product);
+
+  // The sum of x[i] * w[i], exact but for 2^-44 of the products' magnitudes; x holds binary16
+  // numbers, so that no product is rounded.
+  double (*exact_dot)(const float* x, const uint16_t* w, size_t n);
 
   // C += A * W: element by element, products are added in the order of k. A zero in A adds nothing
   // to a finite sum, so rows that use different parts of W can share a call. For f32 and f16 only.

@@ -458,11 +458,35 @@ double round_row(const uint16_t* x, size_t n, float scale, int8_t* q) {
   return total;
 }
 
+double exact_dot(const float* x, const uint16_t* w, size_t n) {
+  const F16* halves = reinterpret_cast<const F16*>(w);
+  Vec sum = zero(), lost = zero();
+  // Knuth's TwoSum: what rounding takes from each sum is itself a float.
+  const auto add_products = [&](Vec a, Vec b) INFEMERAL_INLINED {
+    const Vec product = mul(a, b), next = add(sum, product), added = sub(next, sum);
+    lost = add(lost, add(sub(sum, sub(next, added)), sub(product, added)));
+    sum = next;
+  };
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_products(load(x + i), load(halves + i));
+  if (i < n) add_products(load(x + i, n - i), load(halves + i, n - i));
+  float sums[kLanes], rests[kLanes];
+  store(sums, sum);
+  store(rests, lost);
+  double total = 0;
+  for (size_t l = 0; l < kLanes; ++l) {
+    total += static_cast<double>(sums[l]) + static_cast<double>(rests[l]);
+  }
+  return total;
+}
+
 constexpr Kernels table(const char* name) {
   return {.name = name,
           .matmul = {matmul<float>, matmul<F16>, matmul<BF16>, matmul<int8_t>},
+          .sum_error = kLanes >= 8 ? 0x1p-24f : 0x1p-23f,
           .matmul_picked = {matmul_picked<float>, matmul_picked<F16>, matmul_picked<BF16>,
                             matmul_picked<int8_t>},
+          .exact_dot = exact_dot,
           .accumulate = {accumulate<float>, accumulate<F16>},
           .dot_i8 = dot_i8,
           .row_range = row_range,
