@@ -159,8 +159,12 @@ class CpuClientBackend final : public ClientBackend {
 
       if (!folded_) {
         if (absl::Status status = ensure_cloak(); !status.ok()) return status;
-        multiply(cloak_->transposed(), plain, m, cloaked);
-        if (!noise_.on()) sum_edges_exactly(dtype, ids.subspan(begin, m), plain, cloaked);
+        if (dtype == WireDtype::kF32) {
+          multiply_exactly(plain, m, cloaked);
+        } else {
+          multiply(cloak_->transposed(), plain, m, cloaked);
+          if (!noise_.on()) sum_edges_exactly(dtype, ids.subspan(begin, m), plain, cloaked);
+        }
       }
       for (std::size_t i = 0; i < m; ++i) {
         noise_.add({cloaked[i], hidden_size()});
@@ -176,9 +180,27 @@ class CpuClientBackend final : public ClientBackend {
         embed_tokens_.data + static_cast<std::size_t>(id) * embed_tokens_.row_bytes());
   }
 
+  float exact_sum(const float* plain, std::size_t column) const {
+    const std::byte* weights = cloak_->transposed().row(column).data;
+    return static_cast<float>(
+        kernels_.exact_dot(plain, reinterpret_cast<const std::uint16_t*>(weights), hidden_size()));
+  }
+  // Columns below which a second thread does not pay.
+  std::size_t exact_grain() const { return (std::size_t{1} << 17) / hidden_size() + 1; }
+
+  // cloaked = plain * Q, plain holding binary16 numbers.
+  void multiply_exactly(const Rows& plain, std::size_t m, const Rows& cloaked) {
+    pool_.for_ranges(hidden_size(), exact_grain() / m + 1, 1, [&](const Range& range) {
+      for (std::size_t column = range.begin; column < range.end; ++column) {
+        for (std::size_t i = 0; i < m; ++i) cloaked[i][column] = exact_sum(plain[i], column);
+      }
+    });
+  }
+
   struct Edge {
-    std::size_t row;
     std::uint32_t column;
+    std::uint32_t row;
+    auto operator<=>(const Edge&) const = default;
   };
 
   // What engine/wire_edges.h promises of cloaked = plain * Q, plain being the ids' embeddings.
@@ -201,17 +223,15 @@ class CpuClientBackend final : public ClientBackend {
       columns_.clear();
       append_edges(std::span<const float>(cloaked[i], hidden_size()),
                    kernels_.sum_error * static_cast<float>(std::sqrt(squares)), columns_);
-      for (const std::uint32_t column : columns_) edges_.push_back({i, column});
+      for (const std::uint32_t column : columns_) {
+        edges_.push_back({column, static_cast<std::uint32_t>(i)});
+      }
     }
-    const Matrix matrix = cloak_->transposed();
-    constexpr std::size_t kWorthSharing = 1 << 17;  // products
-    const std::size_t grain = kWorthSharing / hidden_size() + 1;
-    pool_.for_ranges(edges_.size(), grain, 1, [&](const Range& range) {
+    std::sort(edges_.begin(), edges_.end());  // a column of Q comes from memory once
+    pool_.for_ranges(edges_.size(), exact_grain(), 1, [&](const Range& range) {
       for (std::size_t e = range.begin; e < range.end; ++e) {
-        const auto [row, column] = edges_[e];
-        cloaked[row][column] = static_cast<float>(kernels_.exact_dot(
-            plain[row], reinterpret_cast<const std::uint16_t*>(matrix.row(column).data),
-            hidden_size()));
+        const auto [column, row] = edges_[e];
+        cloaked[row][column] = exact_sum(plain[row], column);
       }
     });
   }

@@ -29,10 +29,10 @@ class ClientBackend {
   // All 0 for a backend, or a head mode, that neither certifies nor guesses.
   virtual HeadCounters head_counters() const { return {}; }
 
-  // Rows E[id] * Q in the wire format: out holds ids.size() * wire_row_bytes(dtype, H) bytes. On
-  // f16 and i8 every backend writes the same ones, those of exact sums (engine/wire_edges.h); not
-  // so with noise or folded tables. Adds to times.embed_ms and times.cloak_ms (the encoding is part
-  // of cloak). InvalidArgument for an id outside [0, V).
+  // Rows E[id] * Q in the wire format: out holds ids.size() * wire_row_bytes(dtype, H) bytes. Every
+  // backend writes the same ones, those of exact sums (engine/wire_edges.h); not so with noise or
+  // folded tables. Adds to times.embed_ms and times.cloak_ms (the encoding is part of cloak).
+  // InvalidArgument for an id outside [0, V).
   virtual absl::Status embed(std::span<const std::int32_t> ids, WireDtype dtype,
                              std::span<std::byte> out, PhaseTimes& times) = 0;
 

@@ -42,7 +42,7 @@ void encode_wire_row(WireDtype dtype, std::span<const float> row, std::byte* out
 
 // Appends, in order, the columns of `row` whose bytes could be others if its values were off by up
 // to `error` (engine/wire_edges.h): in i8, first those that scales hang on, and when these are
-// exact, the rest.
+// exact, the rest. In f32 that would be all of them; it appends none.
 void append_scale_edges(std::span<const float> row, float error,
                         std::vector<std::uint32_t>& columns);
 void append_code_edges(WireDtype dtype, std::span<const float> row, float error,

@@ -1,11 +1,11 @@
 // Where the rounding to the wire's format hangs on a sum's last bits.
 //
-// A row of float16 or int8 on the wire is x * Q with every sum exact, then rounded to float32 and
-// to the format: the same bytes whichever backend, instruction set or number of rows made them, so
-// that the same prompt sends the same rows to the body. A backend's own sums are up to 2^-25 of |x|
-// off, in an order of their own, which matters to a value only where it lies that near to an edge
-// between two codes. Those few are summed again without rounding: cpu/simd/kernels.h and
-// kernels/exact_dot.cuh.
+// A row on the wire is x * Q with every sum exact, then rounded to float32 and to the format: the
+// same bytes (in f32 but for a value in a million) whichever backend, instruction set or number of
+// rows made them, so that the same prompt sends the same rows to the body. A backend's own sums are
+// up to 2^-25 of |x| off, in an order of their own, which in f16 and i8 matters to a value only
+// where it lies that near to an edge between two codes. Those few are summed again without
+// rounding, and in f32 all are: cpu/simd/kernels.h and kernels/exact_dot.cuh.
 #pragma once
 
 #include <math.h>

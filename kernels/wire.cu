@@ -255,7 +255,7 @@ __device__ void sum_edges_exactly(const Encode& p, int row, int first, int size,
   const auto find_edges = [&](bool of_scales) {
     if (p.dtype != WireDtype::kI8) {
       for (int i = threadIdx.x; i < size; i += kEncodeThreads) {
-        if (near_f16_edge(part[i], error)) note(i);
+        if (p.dtype == WireDtype::kF32 || near_f16_edge(part[i], error)) note(i);
       }
       return;
     }
@@ -272,6 +272,7 @@ __device__ void sum_edges_exactly(const Encode& p, int row, int first, int size,
   // What the scales of i8 blocks hang on comes before the codes.
 #pragma unroll 1
   for (bool of_scales = p.dtype == WireDtype::kI8;; of_scales = false) {
+    __syncthreads();  // all have seen how many there were before
     if (threadIdx.x == 0) n_edges = 0;
     __syncthreads();
     find_edges(of_scales);
@@ -367,10 +368,9 @@ cudaError_t add_noise(const Stage& stage, const AddNoise& args) {
 
 cudaError_t encode(const Stage& stage, const Encode& args) {
   const int part = args.rows > kManyEncodedRows ? kPart : kSmallPart;
-  Encode p = args;
-  if (p.dtype == WireDtype::kF32) p.matrix = nullptr;  // it rounds no sum
-  return launch(stage, {dim3((p.hidden_size + part - 1) / part, p.rows), dim3(kEncodeThreads)},
-                encode_kernel, p, part);
+  return launch(stage,
+                {dim3((args.hidden_size + part - 1) / part, args.rows), dim3(kEncodeThreads)},
+                encode_kernel, args, part);
 }
 
 }  // namespace infemeral::cuda

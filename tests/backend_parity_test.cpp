@@ -129,14 +129,14 @@ TEMPLATE_TEST_CASE("embed gives the rows of the table times Q", "", INFEMERAL_BA
     CHECK(backend->hidden_size() == client.hidden);
     CHECK(backend->vocab_size() == client.vocab);
     for (std::size_t n : {1, 5, 32, 33, 300}) {
-      check_embed(client, *backend, random_ids(n, client.vocab), TestType::kUnit);
+      check_embed(client, *backend, random_ids(n, client.vocab));
     }
   }
   // Sums as long as a large model's, with the roundings of as many steps.
   const Client wide({.hidden = 1900 + random_index(200), .vocab = 64});
   const auto backend = load<TestType>(wide);
   for (std::size_t n : {1, 9, 40}) {
-    check_embed(wide, *backend, random_ids(n, wide.vocab), TestType::kUnit);
+    check_embed(wide, *backend, random_ids(n, wide.vocab));
   }
 }
 

@@ -55,7 +55,7 @@ TEST_CASE("embed and logits hold on every instruction set") {
       CHECK(backend->name() == "cpu (" + std::string(kernels->name) + ")");
       std::vector<std::int32_t> ids(300);  // more than one block
       for (std::int32_t& id : ids) id = static_cast<std::int32_t>(random_index(client.vocab));
-      check_embed(client, *backend, ids, kUnit);
+      check_embed(client, *backend, ids);
       check_logits(client, *backend, kUnit);
     }
   }

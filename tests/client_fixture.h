@@ -57,11 +57,10 @@ std::vector<std::byte> encode(WireDtype dtype, const std::vector<double>& row);
 // Relative rounding of a row in the wire format, in the 2-norm.
 double wire_error(WireDtype dtype);
 
-// What a backend must hold; Catch assertions. `unit` is the largest relative error of one step of
-// its float32 sums: 2^-24 where they are rounded, 2^-23 where they are truncated.
-void check_embed(const Client& client, ClientBackend& backend, std::span<const std::int32_t> ids,
-                 double unit);
-// Of a random state, on every wire.
+// What a backend must hold; Catch assertions.
+void check_embed(const Client& client, ClientBackend& backend, std::span<const std::int32_t> ids);
+// Of a random state, on every wire. `unit` is the largest relative error of one step of the
+// backend's float32 sums: 2^-24 where they are rounded, 2^-23 where they are truncated.
 void check_logits(const Client& client, ClientBackend& backend, double unit);
 
 }  // namespace infemeral

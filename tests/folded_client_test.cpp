@@ -159,7 +159,7 @@ TEST_CASE("the backend takes folded tables as they are, on every instruction set
     const auto backend = load(client, {});
     std::vector<std::int32_t> ids(300);  // more than one block
     for (std::int32_t& id : ids) id = static_cast<std::int32_t>(random_index(client.vocab));
-    check_embed(client, *backend, ids, 0x1p-24);
+    check_embed(client, *backend, ids);
     check_logits(client, *backend, 0x1p-24);
     CHECK(backend->memory().cloak_bytes == 0);
     CHECK(backend->memory().weights_bytes ==
