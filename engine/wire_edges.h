@@ -3,7 +3,7 @@
 // A row on the wire is x * Q with every sum exact, then rounded to float32 and to the format: the
 // same bytes (in f32 but for a value in a million) whichever backend, instruction set or number of
 // rows made them, so that the same prompt sends the same rows to the body. A backend's own sums are
-// up to 2^-25 of |x| off, in an order of their own, which in f16 and i8 matters to a value only
+// up to 2^-23 of |x| off, in an order of their own, which in f16 and i8 matters to a value only
 // where it lies that near to an edge between two codes. Those few are summed again without
 // rounding, and in f32 all are: cpu/simd/kernels.h and kernels/exact_dot.cuh.
 #pragma once

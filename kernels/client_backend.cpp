@@ -55,14 +55,14 @@ class CudaClientBackend final : public ClientBackend {
 
   HeadCounters head_counters() const override { return counters_; }
 
-  // A made-up prompt and token: what CUDA and cuBLAS load on first use must not be in the first
+  // Made-up prompts and a token: the kernels that CUDA loads on first use must not be in the first
   // token's time.
   absl::Status warm_up() {
     const std::size_t row_bytes = wire_row_bytes(WireDtype::kF16, hidden_size());
     std::vector<std::byte> rows;
     PhaseTimes times;
-    // The least and the most rows that cuBLAS rotates, and some between: it has kernels for each,
-    // and loads the one that it takes.
+    // Full groups of kMaxRows rows, and one row left over. What is left over from 5 to 16 rows has
+    // rotations of its own, which the first such prompt still loads.
     for (const std::size_t n : {kMaxRows + 1, 2 * kMaxRows, 4 * kMaxRows, kEmbedRows}) {
       const std::vector<std::int32_t> ids(n, 0);
       rows.resize(ids.size() * row_bytes);

@@ -6,8 +6,8 @@
 // the kernels read and write themselves. From the returned row to the token is one graph replay,
 // which goes on to embed and cloak that token while the host is still busy with it.
 //
-// A token does not depend on the rows that it is chosen with. Cloaked rows do not either, up to 32
-// at a time; more are multiplied by cuBLAS, and their last bits may be others.
+// A token does not depend on the rows that it is chosen with, nor a cloaked row on those that it is
+// made with: both have the same bits alone and among others.
 #pragma once
 
 #include <memory>
