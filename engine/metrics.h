@@ -66,7 +66,7 @@ struct MemoryUse {
 
 // What the certified or the subset head did since its backend was made.
 struct HeadCounters {
-  std::uint64_t tokens = 0;         // chosen in one of these modes
+  std::uint64_t tokens = 0;         // chosen in one of these modes, behind wrong guesses too
   std::uint64_t rows_rescored = 0;  // of lm_head, in float16; whole passes are not counted here
   std::uint64_t widenings = 0;      // times that top-p needed more rows than it had rescored
   std::uint64_t full_passes = 0;    // tokens for which the whole float16 head was run instead

@@ -12,6 +12,8 @@ namespace {
 // Rows of a long prompt's first chunk and of its last ones; in between, each has twice as many as
 // the one before it, up to prefill_rows.
 constexpr std::size_t kFewRows = 32;
+// A step with guesses is never cut into several.
+static_assert(kMaxDraft < kFewRows);
 
 double ms_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
@@ -122,6 +124,7 @@ Pipeline::Work Pipeline::begin_work(GenerateJob& job) const {
   const auto now = Clock::now();
   return {.job = &job,
           .history = job.request.prompt,
+          .draft_length = DraftLength(std::min(options_.max_draft, kMaxDraft)),
           .phases_before = total_,
           .begin = now,
           .token_begin = now};
@@ -263,7 +266,22 @@ bool Pipeline::may_send(const Slot& slot) const {
          bytes_out_ + bytes <= options_.bytes_in_flight;
 }
 
+// Guesses behind the last token, if that is all there is to send and not the first answer's.
+void Pipeline::add_draft(Slot& slot) const {
+  Work& work = slot.work;
+  const std::size_t made = work.job->result->tokens.size();
+  // A server that came back may hold less than was made with the one before it.
+  if (made == 0 || made >= work.max_tokens || slot.sent + 1 < work.history.size()) return;
+  // The step brings a token of its own; the last token chosen is never sent.
+  const std::size_t most = std::min({work.draft_length.next(), work.max_tokens - made - 1,
+                                     most_rows(slot) - 1, slot.next_rows - 1});
+  const std::vector<std::int32_t> draft = draft_tokens(work.history, most);
+  work.history.insert(work.history.end(), draft.begin(), draft.end());
+  work.drafted = draft.size();
+}
+
 absl::Status Pipeline::send(Slot& slot, const JobDone& done, std::stop_token stop) {
+  add_draft(slot);
   const std::size_t begin = slot.sent;
   const std::size_t end = begin + rows_to_send(slot);
   const std::span<const std::int32_t> ids(slot.work.history.data() + begin, end - begin);
@@ -271,11 +289,14 @@ absl::Status Pipeline::send(Slot& slot, const JobDone& done, std::stop_token sto
   if (auto status = backend_.embed(ids, options_.wire, rows_, total_); !status.ok()) {
     return fail(slot, status, done, stop);
   }
-  const SentStep step{&slot, static_cast<std::uint32_t>(end), rows_.size(),
-                      end == slot.work.history.size() ? Wanted::kLast : Wanted::kNone};
+  const Wanted wanted = end < slot.work.history.size() ? Wanted::kNone
+                        : slot.work.drafted > 0        ? Wanted::kAll
+                                                       : Wanted::kLast;
+  const SentStep step{&slot, static_cast<std::uint32_t>(ids.size()),
+                      static_cast<std::uint32_t>(end), rows_.size(), wanted};
   slot.broken = link_.submit({.session = slot.session->id,
                               .start_pos = static_cast<std::uint32_t>(begin),
-                              .rows = static_cast<std::uint32_t>(ids.size()),
+                              .rows = step.rows,
                               .dtype = options_.wire,
                               .tensor = rows_,
                               .wanted = step.wanted},
@@ -297,7 +318,7 @@ void Pipeline::take_answer(std::stop_token stop) {
   --slot.out;
   absl::Status status = link_.await(stop, reply_, total_);
   if (!slot.broken.ok()) return;  // it will be mended, whatever this answer is
-  const std::uint32_t expected_rows = output_rows(step.wanted, 1);
+  const std::uint32_t expected_rows = output_rows(step.wanted, step.rows);
   if (status.ok() && (reply_.rows != expected_rows || reply_.kv_len != step.end)) {
     status =
         absl::DataLossError(cat("the body answered with ", reply_.rows, " rows at position ",
@@ -312,8 +333,8 @@ void Pipeline::take_answer(std::stop_token stop) {
   std::size_t held = 0;
   for (const Slot& s : slots_) held += s.kv_len;
   peak_kv_positions_ = std::max(peak_kv_positions_, held);
-  if (step.wanted == Wanted::kLast) {
-    slot.work.row.swap(reply_.tensor);
+  if (step.wanted != Wanted::kNone) {
+    slot.work.rows.swap(reply_.tensor);
     slot.work.ready = true;
   }
 }
@@ -327,32 +348,72 @@ absl::Status Pipeline::sample(const JobDone& done) {
   std::vector<SampleRequest> requests;
   rows_.clear();
   for (Slot& slot : slots_) {
-    if (!slot.work.ready) continue;
+    const Work& work = slot.work;
+    if (!work.ready) continue;
     ready.push_back(&slot);
-    rows_.insert(rows_.end(), slot.work.row.begin(), slot.work.row.end());
-    requests.push_back({.params = slot.work.job->request.sampling,
-                        .position = slot.work.history.size(),
-                        .history = slot.work.history});
+    rows_.insert(rows_.end(), work.rows.begin(), work.rows.end());
+    const std::span<const std::int32_t> history = work.history;
+    for (std::size_t known = history.size() - work.drafted; known <= history.size(); ++known) {
+      requests.push_back({.params = work.job->request.sampling,
+                          .position = known,
+                          .history = history.first(known)});
+    }
   }
-  std::vector<std::int32_t> tokens(ready.size(), -1);
+  std::vector<std::int32_t> tokens(requests.size(), -1);
   const absl::Status status = backend_.next_tokens(rows_, options_.wire, requests, tokens, total_);
   if (status.ok()) retry_.emplace(options_.retry);
-  for (std::size_t i = 0; i < ready.size(); ++i) {
-    ready[i]->work.ready = false;
-    absl::Status went =
-        status.ok() ? push_token(*ready[i], tokens[i], done) : finish(*ready[i], status, done);
+  std::span<const std::int32_t> left = tokens;
+  for (Slot* slot : ready) {
+    slot->work.ready = false;
+    const auto own = left.first(1 + slot->work.drafted);
+    left = left.subspan(own.size());
+    absl::Status went = status.ok() ? push_tokens(*slot, own, done) : finish(*slot, status, done);
     if (!went.ok()) return went;
   }
   return absl::OkStatus();
 }
 
-absl::Status Pipeline::push_token(Slot& slot, std::int32_t token, const JobDone& done) {
+// What the model says behind the last token and behind each guess. It counts up to the first guess
+// that is another token than the model's.
+absl::Status Pipeline::push_tokens(Slot& slot, std::span<const std::int32_t> tokens,
+                                   const JobDone& done) {
+  Work& work = slot.work;
+  const std::size_t drafted = std::exchange(work.drafted, 0), known = work.history.size() - drafted;
+  const auto draft = work.history.begin() + static_cast<std::ptrdiff_t>(known);
+  const auto accepted = static_cast<std::size_t>(
+      std::mismatch(draft, work.history.end(), tokens.begin()).first - draft);
+  work.history.resize(known);
+  if (drafted > 0) {
+    work.draft_length.record(drafted, accepted);
+    work.job->result->drafted += drafted;
+    work.job->result->accepted += accepted;
+    // The next step cuts the body's cache to it. Shorter already where the session was lost.
+    slot.cached.resize(std::min(slot.cached.size(), known + accepted));
+    slot.sent = slot.cached.size();
+  }
+  const std::vector<std::int32_t>& ends = work.job->request.end_tokens;
+  const auto end =
+      std::find_first_of(tokens.begin(), tokens.begin() + accepted, ends.begin(), ends.end());
+  tokens = tokens.first(static_cast<std::size_t>(end - tokens.begin()) + 1);
+
+  TokenTiming timing{since(work.phases_before, total_), ms_since(work.token_begin)};
+  const auto n = static_cast<double>(tokens.size());
+  timing.total_ms /= n;
+  for (const PhaseName& phase : kPhases) timing.phases.*phase.value /= n;
+  for (const std::int32_t token : tokens) {
+    if (auto status = push_token(slot, token, timing, done); !status.ok()) return status;
+    if (work.job == nullptr) break;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Pipeline::push_token(Slot& slot, std::int32_t token, const TokenTiming& timing,
+                                  const JobDone& done) {
   const GenerateJob& job = *slot.work.job;
   GenerateResult& result = *job.result;
   slot.work.history.push_back(token);
   result.tokens.push_back(token);
-  result.timings.push_back(
-      {since(slot.work.phases_before, total_), ms_since(slot.work.token_begin)});
+  result.timings.push_back(timing);
   result.e2el_ms = ms_since(slot.work.begin);
   if (result.tokens.size() == 1) result.ttft_ms = result.e2el_ms;
 
@@ -416,7 +477,11 @@ absl::Status Pipeline::mend(Slot& slot, const JobDone& done, std::stop_token sto
 }
 
 void Pipeline::lose_session(Slot& slot) {
-  if (slot.work.job != nullptr) slot.work.job->result->replayed_rows += slot.cached.size();
+  Work& work = slot.work;
+  if (work.job != nullptr) work.job->result->replayed_rows += slot.cached.size();
+  if (!work.ready) {  // guesses without an answer
+    work.history.resize(work.history.size() - std::exchange(work.drafted, 0));
+  }
   slot.broken = absl::OkStatus();
   drop_session(slot);
 }

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "engine/backend.h"
+#include "engine/draft.h"
 #include "engine/link.h"
 #include "engine/log.h"
 #include "engine/metrics.h"
@@ -19,6 +20,9 @@
 #include "engine/sampling.h"
 
 namespace infemeral {
+
+// What a step can guess ahead.
+inline constexpr std::uint32_t kMaxDraft = 31;
 
 struct PipelineOptions {
   WireDtype wire = WireDtype::kF16;
@@ -28,8 +32,11 @@ struct PipelineOptions {
   // its round trip: 6 MB at 1 Gbit/s and 50 ms. 0: each step waits for the one before it.
   std::size_t bytes_in_flight = 16 << 20;
   std::size_t max_context = 0;  // the model's own; 0: what the server says
-  RetryOptions retry;           // of a connection that breaks
-  LogSink log;                  // a line for every break
+  // Tokens that a step guesses ahead, at most, cut to kMaxDraft (engine/draft.h); 0: none. Guesses
+  // that are the model's own tokens need no step of theirs; the others cost their rows.
+  std::uint32_t max_draft = 0;
+  RetryOptions retry;  // of a connection that breaks
+  LogSink log;         // a line for every break
 };
 
 struct GenerateRequest {
@@ -48,11 +55,14 @@ enum class FinishReason {
 struct GenerateResult {
   std::vector<std::int32_t> tokens;
   // One per token; the first holds the whole prefill. Where several prompts share the link, a
-  // token's phases hold what was done for the others while it waited.
+  // token's phases hold what was done for the others while it waited. Tokens of one step have equal
+  // shares of its time.
   std::vector<TokenTiming> timings;
   FinishReason finish = FinishReason::kLength;
   std::uint32_t cached_rows = 0;  // prompt rows that the session still held and that were not sent
   std::uint64_t replayed_rows = 0;  // sent again because the session that held them was lost
+  std::uint64_t drafted = 0;        // tokens that were guessed
+  std::uint64_t accepted = 0;       // of these, the model's own
   double ttft_ms = 0;               // request to first token
   double e2el_ms = 0;               // request to last token
 };
@@ -73,7 +83,8 @@ struct GenerateJob {
 //
 // When the line breaks or the server goes away or forgets a session, the pipeline connects again
 // and sends the whole history anew; the tokens are those of a run without a break. They do not
-// depend on what is generated at the same time either.
+// depend on what is generated at the same time, nor on guesses: every token is sampled from the
+// model's own row, at its own position.
 class Pipeline {
  public:
   Pipeline(ClientBackend& backend, Link& link, PipelineOptions options);
@@ -116,10 +127,12 @@ class Pipeline {
   // A job and how far it is.
   struct Work {
     GenerateJob* job = nullptr;
-    std::vector<std::int32_t> history;  // the prompt and the tokens so far
+    std::vector<std::int32_t> history;  // the prompt, the tokens so far, and guesses behind them
+    std::size_t drafted = 0;            // of these, guesses: their step is on its way, or ready
+    DraftLength draft_length;
     std::size_t max_tokens = 0;
-    bool ready = false;  // `row` is the last position's output
-    std::vector<std::byte> row;
+    bool ready = false;  // `rows` are the output for the last token and for each guess
+    std::vector<std::byte> rows;
     PhaseTimes phases_before;  // total_ when the current token began
     Clock::time_point begin, token_begin;
   };
@@ -139,6 +152,7 @@ class Pipeline {
   // A step on its way.
   struct SentStep {
     Slot* slot = nullptr;
+    std::uint32_t rows = 0;
     std::uint32_t end = 0;  // position behind its last row
     std::size_t bytes = 0;
     Wanted wanted = Wanted::kNone;
@@ -151,7 +165,9 @@ class Pipeline {
   absl::Status advance(const JobDone& done, std::stop_token stop);
   absl::Status send(Slot& slot, const JobDone& done, std::stop_token stop);
   absl::Status sample(const JobDone& done);
-  absl::Status push_token(Slot& slot, std::int32_t token, const JobDone& done);
+  absl::Status push_tokens(Slot& slot, std::span<const std::int32_t> tokens, const JobDone& done);
+  absl::Status push_token(Slot& slot, std::int32_t token, const TokenTiming& timing,
+                          const JobDone& done);
   absl::Status mend(Slot& slot, const JobDone& done, std::stop_token stop);
   absl::Status reconnect(const absl::Status& broken, std::stop_token stop);
   absl::Status fail(Slot& slot, const absl::Status& status, const JobDone& done,
@@ -167,6 +183,7 @@ class Pipeline {
   void drain(std::stop_token stop);
   std::size_t most_rows(const Slot& slot) const;  // that one step may carry
   std::size_t rows_to_send(const Slot& slot) const;
+  void add_draft(Slot& slot) const;
   bool may_send(const Slot& slot) const;
 
   ClientBackend& backend_;

@@ -65,7 +65,8 @@ Json head_json(const RunDescription& run) {
                   {"wire", run.wire},
                   {"cipher", run.cipher},
                   {"threads", run.threads},
-                  {"max_tokens", run.max_tokens}});
+                  {"max_tokens", run.max_tokens},
+                  {"max_draft", run.max_draft}});
   for (const auto& [name, value] : run.bench_options) options[name] = value;
   json["options"] = std::move(options);
   return json;
@@ -236,13 +237,15 @@ void ReportWriter::put_run(Json& json, const ReportBuilder& builder, const RunFi
   std::vector<double> ttfts, tpots, itls, e2els;
   std::vector<TokenTiming> first, decode;
   std::size_t prompt_tokens = 0, output_tokens = 0, cached_rows = 0, failed = 0;
-  std::uint64_t replayed_rows = 0;
+  std::uint64_t replayed_rows = 0, drafted = 0, accepted = 0;
   for (const auto& request : builder.requests_) {
     const auto& timings = request.result.timings;
     prompt_tokens += request.prompt_tokens;
     output_tokens += request.output_tokens;
     cached_rows += request.result.cached_rows;
     replayed_rows += request.result.replayed_rows;
+    drafted += request.result.drafted;
+    accepted += request.result.accepted;
     failed += request.failed;
     if (timings.empty()) continue;
     ttfts.push_back(request.result.ttft_ms);
@@ -257,10 +260,9 @@ void ReportWriter::put_run(Json& json, const ReportBuilder& builder, const RunFi
   }
 
   json["requests"] = {{"completed", builder.requests_.size() - failed}, {"failed", failed}};
-  json["tokens"] = {{"prompt", prompt_tokens},
-                    {"prompt_cached", cached_rows},
-                    {"output", output_tokens},
-                    {"replayed", replayed_rows}};
+  json["tokens"] = {{"prompt", prompt_tokens}, {"prompt_cached", cached_rows},
+                    {"output", output_tokens}, {"replayed", replayed_rows},
+                    {"drafted", drafted},      {"accepted", accepted}};
   json["duration_ms"] = rounded(figures.wall_ms);
   json["load_ms"] = rounded(load_ms);
   json["output_throughput"] =  // tokens a second

@@ -42,6 +42,7 @@ struct RunDescription {
   std::string wire;     // "f16"
   std::string cipher;
   std::uint32_t max_tokens = 0;
+  std::uint32_t max_draft = 0;
   int threads = 0;
   double load_ms = 0;                                          // start of the program to ready
   std::vector<std::pair<std::string, std::string>> libraries;  // name, version

@@ -325,6 +325,21 @@ assert report["tokens"]["output"] == 60 * 48
 assert report["phases"]["decode"]["explained_share"] > 0.5
 PY
 refused 2 'parallel.*output' engine_run "${remote[@]}" "${batch[@]}" --parallel 7
+
+# Guesses spare round trips and change no text.
+greedy=(-f sixty.txt -n 48 --ignore-eos --temp 0 --quiet)
+run 0 engine_run -m prepared "${greedy[@]}" -o unbroken.jsonl --overwrite
+run 0 engine_run "${remote[@]}" "${greedy[@]}" -o drafted.jsonl --draft-max 8 --report drafted_report.json
+same_texts drafted.jsonl
+python3 - <<'PY' || fail "the report does not count guesses"
+import json
+report = json.load(open("drafted_report.json"))
+tokens, steps = report["tokens"], report["wire"]["steps"]
+assert 0 < tokens["accepted"] < tokens["drafted"], tokens
+assert steps + tokens["accepted"] == tokens["output"] == 60 * 48, (steps, tokens)
+assert report["options"]["max_draft"] == 8
+PY
+refused 2 'draft-max' engine_run "${remote[@]}" "${greedy[@]}" --draft-max 32
 run 1 engine_run -m prepared -f mixed.jsonl -n 4 -o mixed_parallel.jsonl --parallel 3 --quiet
 expect_lines mixed_parallel.jsonl 7
 # The allow list is read again on SIGHUP.

@@ -54,6 +54,7 @@ struct Stack {
   PipelineOptions options(std::uint32_t sessions) {
     return {.sessions = sessions,
             .prefill_rows = 9,
+            .max_draft = static_cast<std::uint32_t>(8 * random_index(2)),
             .retry = {.first_delay = milliseconds(2), .max_delay = milliseconds(50)},
             .log = [this](LogLevel, std::string_view words) { log.emplace_back(words); }};
   }

@@ -30,10 +30,19 @@ std::int32_t next_of(const std::vector<std::int32_t>& ids) {
   return static_cast<std::int32_t>(hash % kVocab);
 }
 
-std::vector<std::int32_t> expected_tokens(std::vector<std::int32_t> ids, std::size_t n) {
+// One that repeats itself, and breaks off now and then.
+std::int32_t repetitive_next_of(const std::vector<std::int32_t>& ids) {
+  const std::int32_t now_and_then = ids.size() % 23 == 0;
+  return (3 * ids.back() + 7 * ids.front() + now_and_then) % 13;
+}
+
+using Model = std::int32_t (*)(const std::vector<std::int32_t>&);
+
+std::vector<std::int32_t> expected_tokens(std::vector<std::int32_t> ids, std::size_t n,
+                                          Model model = next_of) {
   std::vector<std::int32_t> tokens;
   for (std::size_t i = 0; i < n; ++i) {
-    tokens.push_back(next_of(ids));
+    tokens.push_back(model(ids));
     ids.push_back(tokens.back());
   }
   return tokens;
@@ -71,6 +80,7 @@ class ToyBackend final : public ClientBackend {
       decode_wire_row(dtype, rows.data() + i * row_bytes, row);
       tokens[i] = static_cast<std::int32_t>(row[0]);
       positions.push_back(requests[i].position);
+      if (requests[i].history.size() != requests[i].position) return absl::InternalError("history");
     }
     times.sample_ms += 1;
     return absl::OkStatus();
@@ -103,10 +113,18 @@ class ToyLink : public Link {
     if (request.rows > max_rows) return absl::InvalidArgumentError("rows");
     ids.resize(request.start_pos);
     const std::size_t row_bytes = wire_row_bytes(request.dtype, kHidden);
+    reply.tensor.clear();
     for (std::size_t i = 0; i < request.rows; ++i) {
       float row[kHidden];
       decode_wire_row(request.dtype, request.tensor.data() + i * row_bytes, row);
       ids.push_back(static_cast<std::int32_t>(row[0]));
+      if (request.wanted == Wanted::kNone ||
+          (request.wanted == Wanted::kLast && i + 1 < request.rows)) {
+        continue;
+      }
+      const float next[kHidden] = {static_cast<float>(model(ids))};
+      reply.tensor.resize(reply.tensor.size() + row_bytes, std::byte{0xFF});
+      encode_wire_row(request.dtype, next, reply.tensor.data() + reply.tensor.size() - row_bytes);
     }
     std::size_t held = 0;
     for (const auto& [session, cache] : caches_) held += cache.size();
@@ -114,12 +132,7 @@ class ToyLink : public Link {
     rows_sent += request.rows;
     rows_of_steps.push_back(request.rows);
     reply.kv_len = static_cast<std::uint32_t>(ids.size());
-    reply.rows = request.wanted == Wanted::kLast ? 1 : 0;
-    reply.tensor.assign(reply.rows * row_bytes, std::byte{0xFF});
-    if (reply.rows == 1) {
-      float row[kHidden] = {static_cast<float>(next_of(ids))};
-      encode_wire_row(request.dtype, row, reply.tensor.data());
-    }
+    reply.rows = static_cast<std::uint32_t>(reply.tensor.size() / row_bytes);
     if (tamper) tamper(reply);
     times.network_ms += 1;
     return absl::OkStatus();
@@ -128,6 +141,7 @@ class ToyLink : public Link {
   LinkCounters counters() const override { return {}; }
   std::string cipher() const override { return "none"; }
 
+  Model model = next_of;
   std::uint32_t context = 64;
   std::uint32_t max_rows = 16;
   std::function<void()> before_step;
@@ -202,6 +216,95 @@ TEST_CASE("tokens are the model's, whatever the chunks and whatever is cached") 
     }
     CHECK(toy.link.opened == 1);
   }
+}
+
+TEST_CASE("guesses change no token and spare steps") {
+  const auto run = [](std::uint32_t max_draft, std::uint32_t chunk, std::uint32_t sessions) {
+    ToyBackend backend;
+    ToyLink link;
+    link.model = repetitive_next_of;
+    link.context = 90;
+    Pipeline pipeline(backend, link,
+                      {.wire = WireDtype::kF32,
+                       .sessions = sessions,
+                       .prefill_rows = chunk,
+                       .max_draft = max_draft});
+    std::vector<GenerateJob> jobs(30);
+    std::vector<GenerateResult> results(jobs.size());
+    std::vector<std::vector<std::int32_t>> expected(jobs.size());
+    for (std::size_t i = 0; i < jobs.size(); ++i) {
+      GenerateRequest& request = jobs[i].request;
+      request = {.prompt = random_prompt(1 + rng()() % 40),
+                 .max_tokens = static_cast<std::uint32_t>(1 + rng()() % 100)};
+      if (i % 3 == 1) request.prompt = jobs[i - 1].request.prompt;
+      const std::size_t room = link.context - request.prompt.size() + 1;
+      expected[i] = expected_tokens(request.prompt, std::min<std::size_t>(request.max_tokens, room),
+                                    repetitive_next_of);
+      if (i % 4 == 1) {
+        const auto end = expected[i].begin() + static_cast<int>(rng()() % expected[i].size());
+        request.end_tokens = {*end};
+        expected[i].erase(std::find(expected[i].begin(), end, *end) + 1, expected[i].end());
+      } else if (i % 4 == 2) {
+        expected[i].resize(1 + rng()() % expected[i].size());
+        jobs[i].on_token = [&results, i, n = expected[i].size()](std::int32_t) {
+          return results[i].tokens.size() < n;
+        };
+      }
+      jobs[i].result = &results[i];
+    }
+    std::size_t given = 0;
+    REQUIRE(pipeline
+                .generate_all([&] { return given < jobs.size() ? &jobs[given++] : nullptr; },
+                              [](GenerateJob&) { return true; }, {})
+                .ok());
+    std::uint64_t drafted = 0, accepted = 0;
+    std::size_t tokens = 0;
+    for (std::size_t i = 0; i < jobs.size(); ++i) {
+      CAPTURE(i, max_draft, chunk, sessions);
+      CHECK(jobs[i].status.ok());
+      CHECK(results[i].tokens == expected[i]);
+      CHECK(results[i].timings.size() == expected[i].size());
+      CHECK(results[i].accepted <= results[i].drafted);
+      drafted += results[i].drafted;
+      accepted += results[i].accepted;
+      tokens += expected[i].size();
+    }
+    CHECK((drafted > 0) == (max_draft > 0 && chunk > 1));
+    // Some are right, some are not; a step without guesses brings one token.
+    CHECK((accepted > 0) == (drafted > 0));
+    CHECK((accepted < drafted) == (drafted > 0));
+    return static_cast<double>(backend.positions.size() - drafted) / static_cast<double>(tokens);
+  };
+  for (const std::uint32_t sessions : {1u, 4u}) {
+    CHECK(run(0, 16, sessions) == 1);
+    CHECK(run(8, 1, sessions) == 1);
+    CHECK(run(1, 16, sessions) < 0.8);
+    CHECK(run(8, 5, sessions) < 0.6);
+    CHECK(run(8, 16, sessions) < 0.5);
+    CHECK(run(1000, 1000, sessions) < 0.5);
+  }
+}
+
+TEST_CASE("guesses whose session is lost are made anew") {
+  ToyBackend backend;
+  ToyLink link;
+  link.model = repetitive_next_of;
+  link.context = 200;
+  Pipeline pipeline(backend, link,
+                    {.wire = WireDtype::kF32,
+                     .max_draft = 8,
+                     .retry = {.first_delay = std::chrono::milliseconds(0)}});
+  for (int round = 0; round < 100; ++round) {
+    const auto prompt = random_prompt(1 + rng()() % 10);
+    link.before_step = [&link, left = rng()() % 20]() mutable {
+      if (left-- == 0) link.fail_next = absl::NotFoundError("restarted");
+    };
+    GenerateResult result;
+    REQUIRE(pipeline.generate({.prompt = prompt, .max_tokens = 120}, {}, {}, result).ok());
+    CHECK(result.tokens == expected_tokens(prompt, 120, repetitive_next_of));
+    CHECK(result.accepted > 0);
+  }
+  CHECK(link.opened > 50);
 }
 
 TEST_CASE("a shared prefix is not sent again") {

@@ -153,7 +153,7 @@ TEST_CASE(
   for (int threads : {1, 2}) {
     PrivateStack stack(temp.path() / "out", threads);
     for (std::uint32_t chunk : {1u, 5u, 100u}) {
-      Pipeline pipeline(*stack.backend, *stack.link, {.prefill_rows = chunk});
+      Pipeline pipeline(*stack.backend, *stack.link, {.prefill_rows = chunk, .max_draft = 4});
       GenerateResult result;
       REQUIRE(pipeline
                   .generate({.prompt = prompt,

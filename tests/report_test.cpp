@@ -40,6 +40,8 @@ TEST_CASE("a report holds the run's numbers and nothing that is not finite") {
   result.e2el_ms = 130;
   result.cached_rows = 2;
   result.replayed_rows = 9;
+  result.drafted = 8;
+  result.accepted = 5;
 
   ReportBuilder builder;
   builder.add(result, 7, false);
@@ -64,6 +66,8 @@ TEST_CASE("a report holds the run's numbers and nothing that is not finite") {
   CHECK(json["tokens"]["prompt_cached"] == 2);
   CHECK(json["tokens"]["output"] == 3);
   CHECK(json["tokens"]["replayed"] == 9);
+  CHECK(json["tokens"]["drafted"] == 8);
+  CHECK(json["tokens"]["accepted"] == 5);
   CHECK(json["wire"]["reconnects"] == 3);
   CHECK(json["mean_ttft_ms"] == Approx(100));
   CHECK(json["mean_tpot_ms"] == Approx(15));

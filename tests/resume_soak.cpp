@@ -182,7 +182,8 @@ class Soak {
 
       const auto link = value(connect_link(options));
       WatchedLink watched(*link);
-      Pipeline pipeline(*backend, watched, {.wire = kWire, .prefill_rows = 16});
+      Pipeline pipeline(*backend, watched,
+                        {.wire = kWire, .prefill_rows = 16, .max_draft = random() % 2 ? 8u : 0u});
       const std::size_t at = random() % (kTokens / 2);
       const auto pause = std::chrono::microseconds(random() % 3000);
       const auto away = milliseconds(random() % 200);

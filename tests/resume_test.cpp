@@ -96,7 +96,10 @@ class Stack {
     link = *std::move(connected);
   }
   PipelineOptions pipeline_options() {
-    return {.prefill_rows = 7, .retry = quick_retry(), .log = [this](LogLevel, std::string_view s) {
+    return {.prefill_rows = 7,
+            .max_draft = static_cast<std::uint32_t>(8 * random_index(2)),
+            .retry = quick_retry(),
+            .log = [this](LogLevel, std::string_view s) {
               const std::lock_guard lock(mutex);
               log.emplace_back(s);
             }};

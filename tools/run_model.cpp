@@ -80,6 +80,7 @@ int open_run_model(const RunOptions& options, const Console& console, std::stop_
           .wire = options.wire_dtype,
           .sessions = options.parallel,
           .max_context = manifest.max_context,
+          .max_draft = options.max_draft,
           .retry = {.attempts = options.retry, .max_time = milliseconds(options.retry_max_time)},
           .log = console.sink()});
   if (auto status = model.pipeline->adopt(model.session); !status.ok()) {
@@ -98,6 +99,7 @@ int open_run_model(const RunOptions& options, const Console& console, std::stop_
                        .wire = options.wire,
                        .cipher = model.link->cipher(),
                        .max_tokens = options.max_tokens,
+                       .max_draft = options.max_draft,
                        .threads = options.threads,
                        .libraries = library_versions()};
   put_body_memory(*model.endpoint, body_folder(folder_path), model.memory);

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "engine/cloak_noise.h"
+#include "engine/pipeline.h"
 #include "tools/cli.h"
 
 namespace infemeral {
@@ -49,6 +50,11 @@ void add_run_flags(CLI::App& app, RunOptions& o) {
   option("--parallel", o.parallel,
          "Prompts that are generated at the same time; result lines come as they are done")
       ->check(CLI::Range(1u, 256u))
+      ->capture_default_str();
+  option("--draft-max", o.max_draft,
+         "Guess up to so many tokens ahead from what the text has said before; the tokens stay the "
+         "same, in fewer round trips where it repeats itself. 0: none")
+      ->check(CLI::Range(0u, kMaxDraft))
       ->capture_default_str();
   option("--report", o.report_file, "Write a JSON report of the run");
   option("-n,--max-tokens", o.max_tokens, "Tokens to generate for a prompt")->capture_default_str();

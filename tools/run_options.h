@@ -45,6 +45,7 @@ struct RunOptions {
   bool overwrite = false;
   bool resume = false;
   std::uint32_t parallel = 1;
+  std::uint32_t max_draft = 0;
   std::uint32_t retry = 20;
   double retry_max_time = 300;  // seconds, as the next two
   double connect_timeout = 5;
