@@ -450,8 +450,8 @@ absl::Status Pipeline::mend(Slot& slot, const JobDone& done, std::stop_token sto
   const absl::Status broken = std::exchange(slot.broken, absl::OkStatus());
   const bool full = absl::IsResourceExhausted(broken);
   if (is_broken_line(broken)) return reconnect(broken, stop);
-  if (full && !slot.session && std::any_of(slots_.begin(), slots_.end(), [](const Slot& other) {
-        return other.session.has_value();
+  if (full && std::any_of(slots_.begin(), slots_.end(), [&slot](const Slot& other) {
+        return &other != &slot && other.session.has_value();
       })) {
     // Said once, however many there are no places for.
     if (std::none_of(slots_.begin(), slots_.end(),
@@ -459,18 +459,22 @@ absl::Status Pipeline::mend(Slot& slot, const JobDone& done, std::stop_token sto
       log_to(options_.log, LogLevel::kWarning,
              cat(std::string(broken.message()), "; going on with fewer prompts at a time"));
     }
+    lose_session(slot);
     slot.closed = true;
     waiting_.push_back(std::exchange(slot.work, {}));
     return absl::OkStatus();
   }
-  // After a break, a server that is full may still hold this client's own session, until it notices
-  // that the line is dead.
-  if (absl::IsNotFound(broken) || (full && retry_->attempts() > 0)) {
-    if (auto status = retry_->wait(broken, stop); !status.ok()) return status;
+  // Others may leave a full server; or it holds a session of this client's until it notices that
+  // its line is dead. What this one holds is given back first: two clients that keep what they have
+  // while they ask for more would wait for each other.
+  if (absl::IsNotFound(broken) || full) {
+    if (full && retry_->attempts() == 0) {
+      log_to(options_.log, LogLevel::kWarning, cat(std::string(broken.message()), "; waiting"));
+    }
     lose_session(slot);
-    return absl::OkStatus();
+    return retry_->wait(broken, stop);
   }
-  if (full || absl::IsInvalidArgument(broken) || absl::IsInternal(broken)) {
+  if (absl::IsInvalidArgument(broken) || absl::IsInternal(broken)) {
     return fail(slot, broken, done, stop);
   }
   return broken;

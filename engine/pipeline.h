@@ -81,10 +81,10 @@ struct GenerateJob {
 // Borrows the backend and the link, which must outlive it. One caller at a time. Keeps its sessions
 // open on the link and reuses the part of a KV cache that a new prompt shares with an earlier one.
 //
-// When the line breaks or the server goes away or forgets a session, the pipeline connects again
-// and sends the whole history anew; the tokens are those of a run without a break. They do not
-// depend on what is generated at the same time, nor on guesses: every token is sampled from the
-// model's own row, at its own position.
+// When the line breaks or the server goes away, forgets a session or is full, the pipeline connects
+// or asks again, up to RetryOptions' limits, and sends the whole history anew; the tokens are those
+// of a run without a break. They do not depend on what is generated at the same time, nor on
+// guesses: every token is sampled from the model's own row, at its own position.
 class Pipeline {
  public:
   Pipeline(ClientBackend& backend, Link& link, PipelineOptions options);
@@ -102,8 +102,8 @@ class Pipeline {
 
   // On an error, `result` holds the tokens that were made before it. InvalidArgument when the
   // prompt is empty or does not leave room for one token; Cancelled when `stop` was triggered; else
-  // the errors of ClientBackend and Link, those of a broken line when RetryOptions' limits are
-  // reached.
+  // the errors of ClientBackend and Link, those of a broken line or a full server when
+  // RetryOptions' limits are reached.
   absl::Status generate(const GenerateRequest& request, const TokenCallback& on_token,
                         std::stop_token stop, GenerateResult& result);
 

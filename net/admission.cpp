@@ -20,11 +20,15 @@ SessionLease::~SessionLease() {
 absl::Status SessionLease::reserve(std::uint32_t end) {
   if (end <= positions_) return absl::OkStatus();
   const std::lock_guard lock(admission_->mutex_);
+  if (end > admission_->limits_.positions) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the server's memory for KV caches holds ", admission_->limits_.positions,
+                     " positions, not ", end, "; use a shorter prompt"));
+  }
   const std::uint64_t more = end - positions_;
   if (more > admission_->limits_.positions - admission_->positions_) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("the server's memory for KV caches has no room for ", end,
-                     " positions; try again later, or with a shorter prompt"));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the server's memory for KV caches has no room for ", end, " positions; try again later"));
   }
   admission_->positions_ += more;
   positions_ = end;

@@ -31,7 +31,8 @@ class SessionLease {
   SessionLease& operator=(const SessionLease&) = delete;
 
   // Sets room for positions [0, end) aside. Room is kept until the session ends, as a cache keeps
-  // its memory. ResourceExhausted when the server has no such room; nothing changes then.
+  // its memory. ResourceExhausted when the server has no such room now, InvalidArgument
+  // when it never has; nothing changes then.
   absl::Status reserve(std::uint32_t end);
 
  private:

@@ -180,6 +180,24 @@ TEST_CASE("a server with fewer sessions than asked for serves what it can") {
   CHECK(stack.log[0].find("fewer prompts at a time") != std::string::npos);
 }
 
+TEST_CASE("prompts whose caches do not fit the server together run as it has room") {
+  const std::uint64_t seed = reseed();
+  CAPTURE(seed);
+  Stack stack;
+  stack.start();
+  Batch batch(stack, 20), more(stack, 5);
+  stack.server_options.max_kv_bytes = 90 * stack.body->info().kv_bytes_per_token;
+  stack.start();
+  Pipeline pipeline(*stack.backend, *stack.link, stack.options(6));
+  REQUIRE(batch.run(pipeline).ok());
+  batch.check_all();
+  // These find the memory held by what the others left.
+  REQUIRE(more.run(pipeline).ok());
+  more.check_all();
+  REQUIRE(!stack.log.empty());
+  CHECK(stack.log[0].find("fewer prompts at a time") != std::string::npos);
+}
+
 TEST_CASE("prompts that lose their session in the middle go on in another's") {
   const std::uint64_t seed = reseed();
   CAPTURE(seed);

@@ -410,12 +410,39 @@ TEST_CASE("a server that still holds the session of the dead line is waited for"
   INFO(status);
   REQUIRE(status.ok());
   CHECK(result.tokens == expected);
-  // A newcomer is told at once.
-  GenerateResult none;
+}
+
+TEST_CASE("a full server is waited for, as long as the caller likes") {
+  const std::uint64_t seed = reseed();
+  CAPTURE(seed);
+  Stack stack;
+  stack.kill_server();
+  stack.server_options.max_sessions = 1;
+  stack.start_server();
+  stack.connect();
+  const GenerateRequest request = random_request(stack.vocab);
+  std::optional<Pipeline> first(std::in_place, *stack.backend, *stack.link, PipelineOptions{});
+  GenerateResult expected;
+  REQUIRE(first->generate(request, {}, {}, expected).ok());
+
   auto second = connect_link(stack.options);
   REQUIRE(second.ok());
-  Pipeline newcomer(*stack.backend, **second, stack.pipeline_options());
-  CHECK(absl::IsResourceExhausted(newcomer.generate(request, {}, {}, none)));
+  GenerateResult result;
+  Pipeline impatient(*stack.backend, **second, {.retry = {.attempts = 0}});
+  CHECK(absl::IsResourceExhausted(impatient.generate(request, {}, {}, result)));
+  Pipeline patient(*stack.backend, **second, stack.pipeline_options());
+  std::thread leaver([&first] {
+    std::this_thread::sleep_for(milliseconds(100));
+    first.reset();
+  });
+  const absl::Status status = patient.generate(request, {}, {}, result);
+  leaver.join();
+  INFO(status);
+  CHECK(status.ok());
+  CHECK(result.tokens == expected.tokens);
+  const std::lock_guard lock(stack.mutex);
+  REQUIRE(stack.log.size() == 1);
+  CHECK(stack.log[0].find("waiting") != std::string::npos);
 }
 
 TEST_CASE("delays double up to their limit, are spread, and end with the reason") {

@@ -5,7 +5,7 @@ On the event loop's thread only.
 
 from dataclasses import dataclass, field
 
-from .body import RESOURCE_EXHAUSTED, StepError
+from .body import INVALID_ARGUMENT, RESOURCE_EXHAUSTED, StepError
 
 
 @dataclass
@@ -44,11 +44,15 @@ class Lease:
         if end <= self._positions:
             return
         admission, more = self._admission, end - self._positions
+        if admission.max_positions is not None and end > admission.max_positions:
+            raise StepError(INVALID_ARGUMENT,
+                            "the server's memory for KV caches holds "
+                            f"{admission.max_positions} positions, not {end}; use a shorter prompt")
         if (admission.max_positions is not None
                 and more > admission.max_positions - admission.positions):
             raise StepError(RESOURCE_EXHAUSTED,
                             f"the server's memory for KV caches has no room for {end} positions; "
-                            "try again later, or with a shorter prompt")
+                            "try again later")
         admission.positions += more
         self._positions = end
 
