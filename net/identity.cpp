@@ -176,6 +176,17 @@ absl::StatusOr<std::vector<PublicKey>> load_public_keys(const std::string& path)
   return keys;
 }
 
+absl::StatusOr<std::vector<PublicKey>> read_public_keys(const std::string& text_or_path) {
+  const std::string_view text = trim(text_or_path);
+  // Never as a path: errors about paths repeat them, and this may be a secret key by mistake.
+  if (!text.starts_with(kPublicPrefix) && !text.starts_with(kSecretPrefix)) {
+    return load_public_keys(text_or_path);
+  }
+  absl::StatusOr<PublicKey> key = parse_public_key(text);
+  if (!key.ok()) return key.status();
+  return std::vector<PublicKey>{*key};
+}
+
 bool contains_key(const std::vector<PublicKey>& keys, const PublicKey& key) {
   bool found = false;
   for (const PublicKey& candidate : keys) {

@@ -56,6 +56,9 @@ absl::StatusOr<PublicKey> parse_public_key(std::string_view text);
 // its owner and are not read. A file without any key is InvalidArgument.
 absl::StatusOr<std::vector<PublicKey>> load_public_keys(const std::string& path);
 
+// What a user gave: a key itself, or the path of such a list. The errors of both.
+absl::StatusOr<std::vector<PublicKey>> read_public_keys(const std::string& text_or_path);
+
 // Whether the list holds the key, in a time that depends on the length of the list alone.
 bool contains_key(const std::vector<PublicKey>& keys, const PublicKey& key);
 

@@ -169,4 +169,25 @@ TEST_CASE("lists of public keys") {
   CHECK(load_public_keys(folder.file("missing")).status().code() == absl::StatusCode::kNotFound);
 }
 
+TEST_CASE("a key or a list of keys, and no key is taken for a path and repeated") {
+  Folder folder;
+  const PublicKey a = Identity::generate().public_key(), b = Identity::generate().public_key();
+  std::string both = format_public_key(a);
+  both.append("\n").append(format_public_key(b));
+  CHECK(read_public_keys(folder.write("allow", both)).value() == std::vector<PublicKey>{a, b});
+  std::string one = " ";
+  one.append(format_public_key(a)).append("\n");
+  CHECK(read_public_keys(one).value() == std::vector<PublicKey>{a});
+  CHECK(read_public_keys(folder.file("missing")).status().code() == absl::StatusCode::kNotFound);
+
+  REQUIRE(Identity::generate().save(folder.file("key")).ok());
+  std::string mistyped = format_public_key(a);
+  mistyped.pop_back();
+  for (const std::string& text : {read(folder.file("key")), mistyped}) {
+    const absl::Status status = read_public_keys(text).status();
+    CHECK(status.code() == absl::StatusCode::kInvalidArgument);
+    CHECK(status.message().find(text.substr(17, 40)) == absl::string_view::npos);
+  }
+}
+
 }  // namespace infemeral

@@ -14,8 +14,7 @@ constexpr unsigned kCoresToSpin = 4;
 }  // namespace
 
 absl::StatusOr<PublicKey> load_public_key(const std::string& text_or_file) {
-  if (auto key = parse_public_key(text_or_file); key.ok()) return *key;
-  auto keys = load_public_keys(text_or_file);
+  auto keys = read_public_keys(text_or_file);
   if (!keys.ok()) return keys.status();
   if (keys->size() != 1) {
     return absl::InvalidArgumentError(
