@@ -29,6 +29,7 @@ constexpr int kKeepaliveTimeoutMs = 5000;
 constexpr int kIdleMs = 30000;
 // A client needs one, and a health check another; nobody gets more for one connection's price.
 constexpr int kStreamsPerConnection = 32;
+constexpr int kReflectionThreads = 8;
 
 // A connection's stream over gRPC, which reports each event on some thread of its own.
 class GrpcStream final : public grpc::ServerBidiReactor<v1::Envelope, v1::Envelope>,
@@ -131,6 +132,8 @@ class GrpcBodyServer final : public BodyServer {
     acceptor_ = builder.experimental().AddExternalConnectionAcceptor(
         grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
         server_credentials(state_->options.tls));
+    // Reflection is served by threads that wait with their streams, and strangers may ask for it.
+    builder.SetResourceQuota(grpc::ResourceQuota("body_server").SetMaxThreads(kReflectionThreads));
     builder.RegisterService(&service_);
     server_ = builder.BuildAndStart();
     if (!server_) return absl::InternalError("gRPC does not start a server");

@@ -4,6 +4,8 @@
 #include <grpcpp/grpcpp.h>
 
 #include <chrono>
+#include <deque>
+#include <filesystem>
 #include <latch>
 #include <numeric>
 
@@ -498,6 +500,47 @@ TEST_CASE("health checks and reflection answer") {
   CHECK(services.find("grpc.health.v1.Health") != std::string::npos);
   // A server of ours is told from other gRPC servers by its method, not by its port.
   CHECK(ask(rig.options.server, "/infemeral.v1.SplitInference/Other", "").empty());
+}
+
+TEST_CASE(
+    "strangers who hold reflection streams cost the server few threads, and clients nothing") {
+  const auto threads = [] {
+    const std::filesystem::directory_iterator tasks("/proc/self/task");
+    return std::distance(begin(tasks), end(tasks));
+  };
+  Rig rig;
+  rig.start();
+  constexpr std::size_t kStreams = 30;  // of the 32 that a connection may have
+  const auto channel = grpc::CreateChannel(rig.options.server, grpc::InsecureChannelCredentials());
+  grpc::GenericStub stub(channel);
+  grpc::CompletionQueue queue;
+  std::deque<grpc::ClientContext> contexts;
+  std::vector<std::unique_ptr<grpc::GenericClientAsyncReaderWriter>> calls;
+  const auto before = threads();
+  void* tag = nullptr;
+  bool ok = false;
+  for (std::size_t i = 0; i < kStreams; ++i) {
+    calls.push_back(
+        stub.PrepareCall(&contexts.emplace_back(),
+                         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", &queue));
+    calls.back()->StartCall(nullptr);
+    REQUIRE(queue.Next(&tag, &ok));
+    const grpc::Slice slice(std::string("\x3a\x00", 2));
+    calls.back()->Write(grpc::ByteBuffer(&slice, 1), nullptr);
+    REQUIRE(queue.Next(&tag, &ok));
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  CHECK(threads() - before < 16);
+  const auto link = rig.connect();
+  Talk talk(*link, rig.body.info().hidden_size, WireDtype::kF16);
+  CHECK(talk.step(0, 3, Wanted::kLast).ok());
+  for (std::size_t i = 0; i < kStreams; ++i) {
+    contexts[i].TryCancel();
+    grpc::Status status;
+    calls[i]->Finish(&status, nullptr);
+    REQUIRE(queue.Next(&tag, &ok));
+  }
+  queue.Shutdown();
 }
 
 }  // namespace infemeral
