@@ -84,6 +84,24 @@ TEST_CASE("OpenAI batch lines: neutral fields pass, others are refused by name")
   CHECK(one[0].kind == BatchItem::Kind::kOpenAiChat);
   CHECK(one[0].options.max_tokens == 5u);
 
+  // What clients write for what is not set, and a content in parts.
+  const auto two = parse_batch(
+      head +
+          R"("body": {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, )" +
+          R"({"type": "text", "text": "i"}]}], "temperature": null, "max_tokens": null, )" +
+          R"("seed": null, "stop": null, "logit_bias": null}})",
+      "x");
+  REQUIRE(two.size() == 1);
+  INFO(two[0].status.ToString());
+  CHECK(two[0].status.ok());
+  CHECK(two[0].messages.at(0).content == "hi");
+  CHECK(!two[0].options.temperature.has_value());
+  CHECK(error_of(head + R"("body": {"messages": [{"role": "user", "content": )" +
+                 R"([{"type": "image_url", "image_url": {"url": "u"}}]}]}})")
+            .find("'messages'") != std::string::npos);
+  CHECK(error_of(R"({"prompt": "x", "temperature": null})").find("'temperature'") !=
+        std::string::npos);
+
   CHECK(error_of(head + R"("body": {"messages": [{"role": "user", "content": "hi"}], "n": 2}})")
             .find("'n'") != std::string::npos);
   CHECK(error_of(head + R"("body": {"prompt": "x"}})").find("do not fit") != std::string::npos);

@@ -103,6 +103,21 @@ chmod 644 folded/client/client.safetensors
 refused 2 'chmod 600' engine_run -m folded -p x
 refused 2 'cloak.*excludes' "$tools/engine_prep" --model model --output both --fold-cloak --cloak lazy
 
+# Brackets, commas and words are text, from the command line and from the environment.
+run 0 engine_run -m prepared -p '[INST] one, two [/INST]' -p '[three]' -n 2 --stop '[END]' --quiet -o brackets.jsonl
+expect_lines brackets.jsonl 2
+run 0 env INFEMERAL_PROMPT='[INST] one, two [/INST]' "$tools/engine_run" -m prepared -n 2 --quiet -o brackets.jsonl --overwrite
+expect_lines brackets.jsonl 1
+refused 2 'words' engine_run -m prepared -p some words
+for number in -1 010 0x10 1e3 ''; do
+  refused 2 'seed' engine_run -m prepared -p x "--seed=$number"
+done
+refused 2 'max-tokens' engine_run -m prepared -p x -n 010
+refused 2 'two files' engine_run -m prepared -p x -o same.json --report same.json
+ln -s brackets.jsonl also_brackets
+refused 2 'two files' engine_run -m prepared -p x -o brackets.jsonl --overwrite --report also_brackets
+expect_lines brackets.jsonl 1
+
 run 0 engine_run --version
 grep -q '^engine_run [0-9]' out || fail "--version"
 
@@ -117,6 +132,10 @@ not json
 {"custom_id": "r", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}}
 {"prompt": "bad sampling", "temperature": -1}
 JSON
+cp -r prepared untemplated && rm -f untemplated/client/chat_template.jinja
+echo '{}' >untemplated/client/tokenizer_config.json
+refused 1 'prompt 0: .*chat template' engine_run -m untemplated -p "hello" --chat -n 4 -o untemplated.jsonl
+expect_lines untemplated.jsonl 1
 run 1 engine_run -m prepared -f mixed.jsonl -n 4 -o mixed_results.jsonl
 expect_lines mixed_results.jsonl 7
 expect_lines err 5
@@ -208,6 +227,12 @@ cmp -s out first || fail "the remote body gives another text than the local one"
 run 0 engine_run "${remote[@]}" -p "hello" -n 8 --quiet --pad
 cmp -s out first || fail "padded messages give another text"
 refused 2 'server-key' engine_run -m prepared --server "$address" -p x
+refused 2 'this is a secret key' engine_run -m prepared --server "$address" -p x --identity client.key \
+  --server-key "$(cat server.key)"
+refused 2 'this is a secret key' "$tools/engine_serve" --model prepared/body --identity server.key \
+  --allow "$(cat client.key)"
+refused 3 'listen|address' "$tools/engine_serve" --model prepared/body --identity server.key \
+  --allow client.key.pub --listen "$address"
 refused 2 'identity' engine_run -m prepared --server "$address" --server-key server.key.pub -p x
 refused 3 'key|allow|client' engine_run -m prepared --server "$address" \
   --server-key server.key.pub --identity stranger.key -p x

@@ -50,22 +50,38 @@ absl::Status read_stop(const Json& value, std::vector<std::string>& out) {
   return absl::OkStatus();
 }
 
+// A string, or OpenAI's list of parts that are texts.
+std::optional<std::string> content_of(const Json& message) {
+  const Json content = message.value("content", Json());
+  if (content.is_string()) return content.get<std::string>();
+  if (!content.is_array()) return std::nullopt;
+  std::string text;
+  for (const Json& part : content) {
+    const bool is_text = part.is_object() && part.size() == 2 && part.contains("text") &&
+                         part["text"].is_string() && part.value("type", Json()) == "text";
+    if (!is_text) return std::nullopt;
+    text += part["text"].get_ref<const std::string&>();
+  }
+  return text;
+}
+
 absl::Status read_messages(const Json& value, std::vector<ChatMessage>& out) {
   if (!value.is_array() || value.empty()) return bad_field("messages", "a list with a message");
   for (const Json& message : value) {
-    if (!message.is_object() || !message.contains("role") || !message.contains("content") ||
-        !message["role"].is_string() || !message["content"].is_string() || message.size() != 2) {
+    const Json role = message.is_object() ? message.value("role", Json()) : Json();
+    const auto content = role.is_string() ? content_of(message) : std::nullopt;
+    if (!content || message.size() != 2) {
       return bad_field("messages",
-                       "objects with the strings \"role\" and \"content\", nothing else");
+                       "objects with \"role\" and \"content\", which are strings (content may be "
+                       "a list of texts), and nothing else");
     }
-    out.push_back({message["role"].get<std::string>(), message["content"].get<std::string>()});
+    out.push_back({role.get<std::string>(), *content});
   }
   return absl::OkStatus();
 }
 
 // Fields of the OpenAI API that change nothing at the value given here.
 bool is_neutral(const std::string& name, const Json& value) {
-  if (value.is_null()) return true;
   if (name == "model" || name == "user" || name == "metadata" || name == "store") return true;
   if (name == "n" || name == "best_of") return value == 1;
   if (name == "stream" || name == "logprobs" || name == "echo") return value == false;
@@ -79,6 +95,8 @@ absl::Status read_body(const Json& body, bool openai, BatchItem& item) {
   for (const auto& [name, value] : body.items()) {
     absl::Status status;
     ItemOptions& options = item.options;
+    // Clients write what is not set as null.
+    if (value.is_null() && (openai || name == "stop")) continue;
     if (name == "prompt") {
       if (!value.is_string()) return bad_field(name, "a string");
       item.prompt = value.get<std::string>();
@@ -100,7 +118,7 @@ absl::Status read_body(const Json& body, bool openai, BatchItem& item) {
     } else if (name == "seed") {
       status = read_integer(value, name, options.seed);
     } else if (name == "stop") {
-      if (!value.is_null()) status = read_stop(value, options.stop);
+      status = read_stop(value, options.stop);
     } else if (!openai && name == "id") {
       if (!value.is_string()) return bad_field(name, "a string");
       item.id = value.get<std::string>();

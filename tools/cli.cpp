@@ -58,6 +58,14 @@ CLI::Option* with_env(CLI::Option* option) {
   return option->envname("INFEMERAL_" + name);
 }
 
+CLI::Validator whole_number() {
+  return {[](std::string& text) -> std::string {
+            const bool digits = !text.empty() && text.find_first_not_of("0123456789") == text.npos;
+            return digits && (text.size() == 1 || text.front() != '0') ? "" : "not a whole number";
+          },
+          "NUMBER"};
+}
+
 void add_version(CLI::App& app) {
   app.set_version_flag("--version", cat(app.get_name(), " ", kVersion, " (", kGitRevision, ", ",
                                         kBuildType, ", ", kCompiler, ")"));

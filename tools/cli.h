@@ -27,6 +27,10 @@ int run_program(const char* name, const std::function<int()>& program);
 // Lets --long-name be set by INFEMERAL_LONG_NAME too; the command line wins.
 CLI::Option* with_env(CLI::Option* option);
 
+// Digits alone. The parser itself takes -1 for the largest number of an unsigned type, and 010 for
+// 8.
+CLI::Validator whole_number();
+
 // --version: what was built, on stdout.
 void add_version(CLI::App& app);
 

@@ -31,11 +31,9 @@ double ms_since(Clock::time_point begin) {
   return std::chrono::duration<double, std::milli>(Clock::now() - begin).count();
 }
 
-// An error that ends one item; any other ends the run.
-bool is_item_error(const absl::Status& status) {
-  return absl::IsInvalidArgument(status) || absl::IsUnimplemented(status) ||
-         absl::IsResourceExhausted(status);
-}
+// A body may fail on one prompt, such as one whose numbers overflow. One that fails on so many in a
+// row fails on all.
+constexpr std::size_t kBodyFailures = 3;
 
 class Run {
  public:
@@ -158,12 +156,29 @@ class Run {
     return request;
   }
 
-  // An item that has ended: its line, and its share of the report. False when the run ends.
+  // An error that ends one item; any other ends the run.
+  bool is_item_error(const absl::Status& status) {
+    if (absl::IsInternal(status)) return ++n_body_failures_ < kBodyFailures;
+    return absl::IsInvalidArgument(status) || absl::IsUnimplemented(status) ||
+           absl::IsResourceExhausted(status);
+  }
+
+  // An item that was run. False when the run ends.
   bool end_item(const BatchItem& item, std::size_t prompt_tokens, const TextResult& result,
                 const absl::Status& status) {
+    if (status.ok()) n_body_failures_ = 0;
+    if (!status.ok() && !is_item_error(status)) {
+      report_.add(result.generation, prompt_tokens, true);
+      return false;
+    }
+    return put_result(item, prompt_tokens, result, status);
+  }
+
+  // An item's line, and its share of the report. False when it cannot be written.
+  bool put_result(const BatchItem& item, std::size_t prompt_tokens, const TextResult& result,
+                  const absl::Status& status) {
     report_.add(result.generation, prompt_tokens, !status.ok());
     if (!status.ok()) {
-      if (!is_item_error(status)) return false;
       ++n_failed_;
       progress_->clear();
       console_.error(absl::Status(status.code(),
@@ -194,7 +209,7 @@ class Run {
         if (!done_.empty() && done_[item->index]) continue;
         absl::StatusOr<TextRequest> request = request_for(*item);
         if (!request.ok()) {
-          end_item(*item, 0, {}, request.status());
+          put_result(*item, 0, {}, request.status());
           continue;
         }
         auto text = std::make_unique<TextJob>(model_.assets, *std::move(request),
@@ -254,9 +269,10 @@ class Run {
   std::vector<bool> done_;  // by an earlier run; empty without one
   std::size_t n_done_ = 0;  // by any run
   std::size_t n_failed_ = 0;
-  absl::Status written_;            // why no more results can be written
-  Progress* progress_ = nullptr;    // while items run
-  ResultWriter* writer_ = nullptr;  // likewise
+  std::size_t n_body_failures_ = 0;  // in a row
+  absl::Status written_;             // why no more results can be written
+  Progress* progress_ = nullptr;     // while items run
+  ResultWriter* writer_ = nullptr;   // likewise
   RunModel model_;
   ReportBuilder report_;
 };

@@ -58,7 +58,8 @@ void add_flags(CLI::App& app, ServeOptions& o) {
   with_env(app.add_option("--allow", o.allow,
                           "A client's public key, or a file of them (one a line, read again on "
                           "SIGHUP); may be given several times"))
-      ->required();
+      ->required()
+      ->allow_extra_args(false);
   with_env(app.add_option("--tls-cert", o.tls.cert,
                           "Speak TLS underneath the encrypted channel, with this certificate chain "
                           "(PEM)"));
@@ -99,11 +100,7 @@ void add_flags(CLI::App& app, ServeOptions& o) {
 absl::StatusOr<std::vector<PublicKey>> allowed_clients(const std::vector<std::string>& values) {
   std::vector<PublicKey> allowed;
   for (const std::string& value : values) {
-    if (auto key = parse_public_key(value); key.ok()) {
-      allowed.push_back(*key);
-      continue;
-    }
-    auto keys = load_public_keys(value);
+    auto keys = read_public_keys(value);
     if (!keys.ok()) return keys.status();
     allowed.insert(allowed.end(), keys->begin(), keys->end());
   }
@@ -125,7 +122,9 @@ int serve(const ServeOptions& options, SignalStop& signals) {
   fix_heap_thresholds();
   const auto fail = [&](const absl::Status& status) {
     console.error(status);
-    return kExitUsage;
+    // What time may mend: an address that is not there yet, memory that others use.
+    return absl::IsUnavailable(status) || absl::IsResourceExhausted(status) ? kExitServer
+                                                                            : kExitUsage;
   };
   auto identity = Identity::load(options.identity);
   if (!identity.ok()) return fail(identity.status());

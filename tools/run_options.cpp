@@ -1,6 +1,8 @@
 #include "tools/run_options.h"
 
+#include <filesystem>
 #include <optional>
+#include <system_error>
 
 #include "engine/cloak_noise.h"
 #include "engine/pipeline.h"
@@ -11,6 +13,10 @@ namespace infemeral {
 void add_run_flags(CLI::App& app, RunOptions& o) {
   const auto option = [&](const std::string& flags, auto& value, const std::string& help) {
     return with_env(app.add_option(flags, value, help));
+  };
+  // Else the parser takes "[a, b]" for a list, and words behind the text for more texts.
+  const auto texts = [&](const std::string& flags, auto& value, const std::string& help) {
+    return option(flags, value, help)->allow_extra_args(false);
   };
   const auto flag = [&](const std::string& flags, bool& value, const std::string& help) {
     return with_env(app.add_flag(flags, value, help));
@@ -33,12 +39,15 @@ void add_run_flags(CLI::App& app, RunOptions& o) {
       ->check(seconds)
       ->capture_default_str();
   option("--retry", o.retry,
-         "Attempts to connect again when the line breaks; the text goes on where it was. 0: none")
+         "Attempts to connect again when the line breaks, or to ask a full server again; the text "
+         "goes "
+         "on where it was. 0: none")
+      ->check(whole_number())
       ->capture_default_str();
   option("--retry-max-time", o.retry_max_time, "Seconds after a break in which attempts begin")
       ->check(seconds)
       ->capture_default_str();
-  auto* prompt = option("-p,--prompt", o.prompts, "A prompt; may be given several times");
+  auto* prompt = texts("-p,--prompt", o.prompts, "A prompt; may be given several times");
   auto* file = option("-f,--file", o.input_file,
                       "Prompts: text (one a line), JSON lines or OpenAI batch lines; - for stdin");
   prompt->excludes(file);
@@ -57,14 +66,18 @@ void add_run_flags(CLI::App& app, RunOptions& o) {
       ->check(CLI::Range(0u, kMaxDraft))
       ->capture_default_str();
   option("--report", o.report_file, "Write a JSON report of the run");
-  option("-n,--max-tokens", o.max_tokens, "Tokens to generate for a prompt")->capture_default_str();
+  option("-n,--max-tokens", o.max_tokens, "Tokens to generate for a prompt")
+      ->check(whole_number())
+      ->capture_default_str();
   option("--temp", o.sampling.temperature, "Temperature; 0 is greedy (default: the model's own)");
-  option("--top-k", o.sampling.top_k, "Keep the k likeliest tokens; 0 is off");
+  option("--top-k", o.sampling.top_k, "Keep the k likeliest tokens; 0 is off")
+      ->check(whole_number());
   option("--top-p", o.sampling.top_p, "Keep the likeliest tokens up to this probability");
   option("--min-p", o.sampling.min_p, "Drop tokens below this share of the likeliest one's");
   option("--repeat-penalty", o.sampling.repetition_penalty, "Repetition penalty; 1 is off");
-  option("-s,--seed", o.sampling.seed, "The same seed gives the same tokens (default: 0)");
-  option("--stop", o.sampling.stop, "End at this text; may be given several times");
+  option("-s,--seed", o.sampling.seed, "The same seed gives the same tokens (default: 0)")
+      ->check(whole_number());
+  texts("--stop", o.sampling.stop, "End at this text; may be given several times");
   flag("--ignore-eos", o.ignore_end_tokens, "Go on after the model's end token");
   flag("--chat", o.chat, "Prompts are user messages: apply the model's chat template");
   option("--backend", o.backend, "auto, cpu or cuda")->capture_default_str();
@@ -103,6 +116,12 @@ absl::Status check_run_options(RunOptions& options) {
   // Here and not once for every prompt: an item has errors of its own.
   if (auto status = validate(sampling_for({}, options.sampling, {})); !status.ok()) return status;
   if (options.max_tokens == 0) return absl::InvalidArgumentError("--max-tokens must be at least 1");
+  std::error_code ignored;
+  if (!options.report_file.empty() && !options.output_file.empty() &&
+      (options.report_file == options.output_file ||
+       std::filesystem::equivalent(options.report_file, options.output_file, ignored))) {
+    return absl::InvalidArgumentError("--report and --output must be two files");
+  }
   for (const std::string& stop : options.sampling.stop) {
     if (stop.empty()) return absl::InvalidArgumentError("--stop must not be empty");
   }
