@@ -149,7 +149,14 @@ void CpuBody::run(std::span<BodyStep> steps) {
   if (status.ok()) return;
   parts_.clear();
   m_ = 0;
-  for (BodyStep& step : steps) step.status = status;
+  for (BodyStep& step : steps) {
+    step.status = status;
+    // No cache may say that it holds positions that were never computed.
+    auto* cache = dynamic_cast<KvCache*>(step.session);
+    if (cache != nullptr && cache->owner() == this && cache->kv_len() > step.start_pos) {
+      (void)cache->resize(step.start_pos, step.start_pos);
+    }
+  }
 }
 
 void CpuBody::run_steps(std::span<BodyStep> steps) {

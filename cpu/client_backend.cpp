@@ -1,5 +1,7 @@
 #include "cpu/client_backend.h"
 
+#include <sodium.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -63,6 +65,8 @@ class CpuClientBackend final : public ClientBackend {
     if (!folded_) return;
     if (int8_) int8_->wipe();
     if (subset_rows_) subset_rows_->wipe();
+    sodium_memzero(plain_.data(), plain_.size() * sizeof(float));
+    sodium_memzero(cloaked_.data(), cloaked_.size() * sizeof(float));
   }
 
   std::string_view name() const override { return name_; }

@@ -3,6 +3,7 @@
 #include <oneapi/tbb/blocked_range.h>
 #include <oneapi/tbb/parallel_for.h>
 #include <oneapi/tbb/parallel_invoke.h>
+#include <sodium.h>
 
 #include <algorithm>
 #include <cmath>
@@ -11,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/cleanup/cleanup.h"
 #include "cpu/narrow.h"
 #include "engine/text.h"
 
@@ -46,6 +48,10 @@ class TableWriter {
       each_piece(values.size(), [&](std::size_t first, std::size_t count) {
         widen(*part.view, begin + first, std::span(values).subspan(first, count));
       });
+      // Folded rows are as secret as the cloak.
+      const absl::Cleanup wipe = [&] {
+        if (options_.fold != nullptr) sodium_memzero(values.data(), values.size() * sizeof(float));
+      };
       if (options_.fold != nullptr) values = fold(part, values);
       const std::size_t size = dtype_bytes(part.dtype);
       std::vector<std::byte> bytes(values.size() * size);
@@ -55,7 +61,9 @@ class TableWriter {
         const std::lock_guard lock(faults_mutex_);
         faults.add(found);
       });
-      if (absl::Status status = writer_.write(bytes); !status.ok()) return status;
+      const absl::Status written = writer_.write(bytes);
+      if (options_.fold != nullptr) sodium_memzero(bytes.data(), bytes.size());
+      if (!written.ok()) return written;
       done_ += static_cast<double>(values.size());
       if (options_.progress) options_.progress(done_, total_);
       if (options_.stop.stop_requested()) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <exception>
 #include <fstream>
@@ -75,6 +76,25 @@ constexpr auto kAwake = std::chrono::microseconds(50);
 
 }  // namespace
 
+std::optional<int> cpu_quota(std::istream& membership, const std::filesystem::path& root) {
+  std::string line;
+  while (std::getline(membership, line) && !line.starts_with("0::/")) {
+  }
+  if (!membership) return std::nullopt;
+  // Every group above it limits it too.
+  std::optional<int> least;
+  std::filesystem::path group = std::filesystem::path(line.substr(4)).lexically_normal();
+  while (true) {
+    double quota = 0, period = 0;  // "max 100000" where there is none
+    if (std::ifstream(root / group / "cpu.max") >> quota >> period && quota > 0 && period > 0) {
+      const int cores = static_cast<int>(std::min(std::ceil(quota / period), 1e6));
+      least = std::min(least.value_or(cores), cores);
+    }
+    if (group.empty()) return least;
+    group = group.parent_path();
+  }
+}
+
 int physical_cores() {
   const std::vector<int> cpus = allowed_cpus();
   if (cpus.empty()) return online_cpus();
@@ -87,7 +107,9 @@ int physical_cores() {
     if (!(std::ifstream(topology + "core_id") >> core)) core = cpu;
     cores.emplace(package, core);
   }
-  return static_cast<int>(cores.size());
+  std::ifstream membership("/proc/self/cgroup");
+  const int n = static_cast<int>(cores.size());
+  return std::min(n, cpu_quota(membership, "/sys/fs/cgroup").value_or(n));
 }
 
 // The worker threads of a process. A loop is cut into pieces that its threads claim one by one, so

@@ -2,15 +2,23 @@
 #pragma once
 
 #include <cstddef>
+#include <filesystem>
+#include <istream>
 #include <memory>
+#include <optional>
 
 #include "absl/functional/function_ref.h"
 
 namespace infemeral {
 
 // Physical cores that this process may run on (two hardware threads of one core count once: they
-// share the units that these loops saturate); at least 1.
+// share the units that these loops saturate), no more than its control group pays for; at least 1.
 int physical_cores();
+
+// Whole cores' worth of time that a control group gives, rounded up, as `docker --cpus` sets it:
+// threads beyond them would stand still for most of every period. `membership` is the text of
+// /proc/self/cgroup, `root` where version 2 of the groups is mounted. nullopt: no limit.
+std::optional<int> cpu_quota(std::istream& membership, const std::filesystem::path& root);
 
 // What one call of a parallel loop's body does.
 struct Range {

@@ -69,7 +69,8 @@ absl::StatusOr<SelfCheck> self_check(const ModelConfig& config, const Safetensor
   const std::vector<double> actual =
       difference(reference_block(config, *body_layer, layer, rotated_x), rotated_x);
 
-  const double scale = norm(added);
+  // Of a layer that adds nothing, as in a model that was made deeper, nothing must be added.
+  const double scale = norm(added) > 0 ? norm(added) : norm(x);
   const double sensitivity = norm(difference(added_disturbed, added)) / scale;
   return SelfCheck{.error = norm(difference(actual, expected)) / scale,
                    .tolerance = std::min(kMaxTolerance, kSlack * (noise + sensitivity))};

@@ -1,7 +1,8 @@
-// A server that runs out of memory in the middle of a request: the client is told, or its stream
-// ends, with ResourceExhausted; the server and the other clients go on.
+// A server or a body that runs out of memory in the middle of a request: the client is told, or its
+// stream ends, with ResourceExhausted; the server and the other clients go on.
 #include <algorithm>
 #include <catch2/catch.hpp>
+#include <cstddef>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -10,8 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/body.h"
+#include "cpu/prepare.h"
 #include "net/bytes.h"
 #include "tests/memory_stream.h"
+#include "tests/test_random.h"
+#include "tests/tiny_model.h"
 
 namespace {
 
@@ -20,22 +25,31 @@ namespace {
 constexpr std::size_t kLarge = 1024;
 thread_local int fail_in = 0;
 
-void* allocate(std::size_t size) {
+void* allocate(std::size_t size, std::size_t alignment) {
   if (size >= kLarge && fail_in > 0 && --fail_in == 0) return nullptr;
-  return std::malloc(size);
+  return std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment);
 }
 
 }  // namespace
 
-void* operator new(std::size_t size) {
-  void* memory = allocate(size);
+// Not inlined: the compiler would see malloc's memory given to delete, or new's to free.
+[[gnu::noinline]] void* operator new(std::size_t size) {
+  void* memory = allocate(size, alignof(std::max_align_t));
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }
-void operator delete(void* memory) noexcept {
+[[gnu::noinline]] void* operator new(std::size_t size, std::align_val_t alignment) {
+  void* memory = allocate(size, static_cast<std::size_t>(alignment));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+[[gnu::noinline]] void operator delete(void* memory) noexcept {
   std::free(memory);
 }
-void operator delete(void* memory, std::size_t) noexcept {
+[[gnu::noinline]] void operator delete(void* memory, std::align_val_t) noexcept {
+  std::free(memory);
+}
+[[gnu::noinline]] void operator delete(void* memory, std::size_t) noexcept {
   std::free(memory);
 }
 
@@ -206,6 +220,58 @@ TEST_CASE("a session whose memory runs out is told so, the others go on") {
     if (rows == 300) CHECK(told > 0);
   }
   CHECK(state->admission->sessions() == 1);
+}
+
+TEST_CASE("a body whose memory runs out holds no position that it has not computed") {
+  const std::uint64_t seed = reseed();
+  CAPTURE(seed);
+  const TempFolder folder;
+  make_tiny_model(folder.path() / "model", {.seed = rng()()});
+  REQUIRE(
+      prepare_model(
+          {.model_dir = folder.path() / "model", .output_dir = folder.path() / "out", .threads = 1})
+          .ok());
+  constexpr std::uint32_t kRows = 70, kFirst = 20;
+  std::normal_distribution<float> normal;
+  std::vector<float> states(kRows * 64);
+  for (float& value : states) value = normal(rng());
+  const auto step = [&](Body& body, BodySession& session, std::uint32_t begin, std::uint32_t end,
+                        int failing) {
+    std::vector<float> out((end - begin) * 64);
+    BodyStep one{.session = &session,
+                 .start_pos = begin,
+                 .rows = end - begin,
+                 .states = std::span(states).subspan(begin * 64, out.size()),
+                 .wanted = Wanted::kAll,
+                 .out = out};
+    fail_in = failing;
+    body.run({&one, 1});
+    const bool injected = std::exchange(fail_in, 0) == 0 && failing > 0;
+    CHECK(injected == !one.status.ok());
+    if (injected) CHECK(one.status.code() == absl::StatusCode::kResourceExhausted);
+    return one.status.ok() ? out : std::vector<float>();
+  };
+  std::vector<float> expected;
+  int failures = 0;
+  for (int n = 0; n == 0 || failures == n - 1; ++n) {
+    CAPTURE(n);
+    REQUIRE(n < 200);
+    // Anew, so that its buffers have to grow.
+    const auto body = load_cpu_body(folder.path() / "out" / "body", {.threads = 1}).value();
+    const auto session = body->new_session().value();
+    REQUIRE(!step(*body, *session, 0, kFirst, 0).empty());
+    std::vector<float> out = step(*body, *session, kFirst, kRows, n);
+    if (out.empty()) {
+      ++failures;
+      CHECK(session->kv_len() <= kFirst);
+      out = step(*body, *session, 0, kRows, 0);
+      out.erase(out.begin(), out.begin() + kFirst * 64);
+    }
+    if (n == 0) expected = out;
+    CHECK(out == expected);
+    if (n == 0) failures = 0;
+  }
+  CHECK(failures > 2);
 }
 
 }  // namespace infemeral

@@ -9,9 +9,12 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -23,6 +26,7 @@
 #include "engine/float16.h"
 #include "tests/page_advice.h"
 #include "tests/test_random.h"
+#include "tests/tiny_model.h"
 
 namespace infemeral {
 namespace {
@@ -495,6 +499,33 @@ TEST_CASE("for_ranges covers every index once, with aligned cuts") {
     }
   }
   CHECK(physical_cores() >= 1);
+}
+
+TEST_CASE("a control group's quota limits the threads, and those above it do") {
+  const TempFolder root;
+  const auto quota = [&](const std::string& text) {
+    std::istringstream membership(text);
+    return cpu_quota(membership, root.path());
+  };
+  const auto set = [&](const char* group, const char* text) {
+    std::filesystem::create_directories(root.path() / group);
+    std::ofstream(root.path() / group / "cpu.max") << text;
+  };
+  CHECK(quota("") == std::nullopt);
+  CHECK(quota("1:cpu:/a\n") == std::nullopt);
+  CHECK(quota("1:cpu:/a\n0::/\n") == std::nullopt);
+  set("a/b", "250000 100000\n");
+  CHECK(quota("1:cpu:/a\n0::/a/b\n") == 3);
+  CHECK(quota("0::/a/b/c\n") == 3);
+  CHECK(quota("0::/a\n") == std::nullopt);
+  set("a", "max 100000\n");
+  CHECK(quota("0::/a\n") == std::nullopt);
+  CHECK(quota("0::/a/b\n") == 3);
+  set("a", "50000 100000\n");
+  CHECK(quota("0::/a/b\n") == 1);
+  set("", "200000 100000\n");
+  CHECK(quota("0::/other\n") == 2);
+  CHECK(quota("0::/../../other\n") == 2);
 }
 
 TEST_CASE("what a loop's body throws reaches the caller, and the pool goes on") {

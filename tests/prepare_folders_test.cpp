@@ -4,6 +4,7 @@
 #include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <set>
 
 #include "cpu/prepare.h"
@@ -304,6 +305,21 @@ TEST_CASE("an interrupted preparation leaves nothing, at whatever moment it stop
     CHECK(absl::IsCancelled(status));
     CHECK_FALSE(fs::exists(out));
   }
+}
+
+TEST_CASE("a layer that adds nothing, as in a model that was made deeper, passes the check") {
+  TempFolder temp;
+  make_tiny_model(temp.path() / "model", {.seed = std::random_device{}()});
+  edit_model(temp.path() / "model", [](const std::string& name, std::vector<float>& values) {
+    if (name == "model.layers.1.self_attn.o_proj.weight" ||
+        name == "model.layers.1.mlp.down_proj.weight") {
+      std::fill(values.begin(), values.end(), 0.0f);
+    }
+  });
+  const auto made =
+      prepare_model({.model_dir = temp.path() / "model", .output_dir = temp.path() / "out"});
+  INFO(made.status());
+  CHECK(made.ok());
 }
 
 TEST_CASE("bad models are refused with their reason, before anything is written") {
