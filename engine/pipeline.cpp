@@ -156,7 +156,7 @@ absl::Status Pipeline::prepare(Slot& slot, const JobDone& done) {
   // The server's word counts only where it is the smaller one.
   std::size_t context = slot.session->max_context;
   if (options_.max_context > 0) context = std::min<std::size_t>(context, options_.max_context);
-  if (request.prompt.size() >= context) {
+  if (request.prompt.size() > context) {
     return finish(slot,
                   absl::InvalidArgumentError(cat("the prompt has ", request.prompt.size(),
                                                  " tokens and the context holds ", context,

@@ -101,7 +101,7 @@ class Pipeline {
   absl::Status adopt(const SessionInfo& session);
 
   // On an error, `result` holds the tokens that were made before it. InvalidArgument when the
-  // prompt is empty or does not leave room for one token; Cancelled when `stop` was triggered; else
+  // prompt is empty or longer than the context; Cancelled when `stop` was triggered; else
   // the errors of ClientBackend and Link, those of a broken line or a full server when
   // RetryOptions' limits are reached.
   absl::Status generate(const GenerateRequest& request, const TokenCallback& on_token,

@@ -193,6 +193,13 @@ refused 2 'alone/body is not a body folder.*--server HOST:PORT' engine_run -m al
 for model in prepared prepared/body; do
   refused 2 'give the model that this was made from' "$tools/engine_prep" --model "$model" --output unmade
 done
+cp -r model unreadable
+echo '{"model": {"type": "Unigram"}}' >unreadable/tokenizer.json
+refused 2 'tokenizer.json' "$tools/engine_prep" --model unreadable --output unmade
+cp model/tokenizer.json unreadable/ && echo '{"top_p": "x"' >unreadable/generation_config.json
+refused 2 'generation_config.json' "$tools/engine_prep" --model unreadable --output unmade
+cp model/generation_config.json unreadable/
+[ ! -e unmade ] || fail "a folder was made for a model that cannot be prepared"
 refused 2 "nowhere holds no config.json; give a model's folder" "$tools/engine_prep" --model nowhere --output unmade
 run 0 engine_run -m prepared --server-key unused.pub -p hello -n 2
 grep -q '^warning: --server-key is not used' err || fail "no word about a key without a server: $(cat err)"

@@ -427,11 +427,14 @@ TEST_CASE("prompts that cannot be run are refused and leave the pipeline usable"
     return absl::IsInvalidArgument(toy.pipeline.generate(request, {}, {}, result));
   };
   CHECK(refused({}));
-  CHECK(refused({.prompt = random_prompt(64)}));
+  CHECK(refused({.prompt = random_prompt(65)}));
   CHECK(refused({.prompt = {1, kVocab}}));
   CHECK(refused({.prompt = {1}, .sampling = {.temperature = -1}}));
-  const auto prompt = random_prompt(63);
-  CHECK(toy.run(prompt, 5).tokens == expected_tokens(prompt, 2));
+  // The last token takes no place in the context.
+  for (const std::size_t rows : {63u, 64u}) {
+    const auto prompt = random_prompt(rows);
+    CHECK(toy.run(prompt, 5).tokens == expected_tokens(prompt, 65 - rows));
+  }
 }
 
 TEST_CASE("an error of the link keeps the tokens so far, and the next call opens a new session") {

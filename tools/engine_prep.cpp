@@ -7,10 +7,13 @@
 
 #include "absl/strings/str_format.h"
 #include "cpu/prepare.h"
+#include "engine/generation_config.h"
 #include "engine/json_file.h"
+#include "engine/model_config.h"
 #include "engine/text.h"
 #include "engine/text_generation.h"
 #include "engine/token_subset.h"
+#include "engine/tokenizer.h"
 #include "tools/cli.h"
 #include "tools/console.h"
 #include "tools/progress.h"
@@ -103,6 +106,24 @@ absl::Status keep_token_counts(const PrepOptions& o, std::string_view text, cons
   return absl::OkStatus();
 }
 
+// What engine_run will ask of the model's text side: said before the slow part. prepare_model()
+// itself says what is wrong with the rest.
+absl::Status check_text_side(const std::filesystem::path& model, const LogSink& log) {
+  const auto tokenizer = Tokenizer::load(model / "tokenizer.json");
+  if (absl::IsNotFound(tokenizer.status())) return absl::OkStatus();
+  if (!tokenizer.ok()) return tokenizer.status();
+  if (const auto defaults = load_generation_config(model); !defaults.ok()) {
+    return defaults.status();
+  }
+  const auto config = load_model_config(model);
+  if (config.ok() && (*tokenizer)->vocab_size() > config->vocab_size) {
+    log_to(log, LogLevel::kWarning,
+           cat("the tokenizer has ", (*tokenizer)->vocab_size(), " tokens and the model knows ",
+               config->vocab_size, "; prompts with others are refused"));
+  }
+  return absl::OkStatus();
+}
+
 int prepare(const PrepOptions& o, const Console& console, const SignalStop& signals) {
   Progress progress(console.progress_enabled());
   std::optional<CloakSeed> seed;
@@ -113,6 +134,10 @@ int prepare(const PrepOptions& o, const Console& console, const SignalStop& sign
       return kExitUsage;
     }
     seed = *std::move(loaded);
+  }
+  if (const absl::Status status = check_text_side(o.model, console.sink()); !status.ok()) {
+    console.error(status);
+    return kExitUsage;
   }
 
   const Dtype body_dtype = o.body_dtype == "f32"    ? Dtype::kF32
