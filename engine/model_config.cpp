@@ -142,7 +142,10 @@ void read_rope(const json& root, ModelConfig& config, absl::Status& status) {
 void read_sliding_window(const json& root, ModelConfig& config, absl::Status& status) {
   Fields fields(root, status);
   const bool qwen = config.model_type == "qwen2" || config.model_type == "qwen3";
-  bool use = config.model_type == "mistral" && field(root, "sliding_window") != nullptr;
+  const bool mistral = config.model_type == "mistral";
+  // transformers' MistralConfig: a missing key is its default, and only null is none.
+  const bool is_default = mistral && !root.contains("sliding_window");
+  bool use = mistral && (is_default || field(root, "sliding_window") != nullptr);
   if (qwen) fields.flag("use_sliding_window", use);
 
   std::size_t first = 0;
@@ -176,7 +179,8 @@ void read_sliding_window(const json& root, ModelConfig& config, absl::Status& st
     use = first < config.n_layers;
   }
   if (!use || first >= config.n_layers || !status.ok()) return;
-  fields.size("sliding_window", config.sliding_window, kMaxContext);
+  if (is_default) config.sliding_window = 4096;
+  fields.size("sliding_window", config.sliding_window, kMaxContext, !is_default);
   config.sliding_from_layer = first;
   // A window as long as the context never hides anything.
   if (config.sliding_window >= config.max_context) {

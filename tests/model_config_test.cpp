@@ -152,6 +152,15 @@ TEST_CASE("biases and defaults follow the architecture") {
 TEST_CASE("sliding windows") {
   CHECK(parse(with(mistral(), "sliding_window", nullptr))->sliding_window == 0);
   CHECK(parse(with(mistral(), "sliding_window", 32768))->sliding_window == 0);  // the whole context
+  // MistralConfig's default; null is none, a missing key is not.
+  CHECK(parse(without(mistral(), "sliding_window"))->sliding_window == 4096);
+  CHECK(parse(with(without(mistral(), "sliding_window"), "max_position_embeddings", 4096))
+            ->sliding_window == 0);
+  json full = json::array();
+  for (int i = 0; i < 32; ++i) full.push_back("full_attention");
+  CHECK(parse(with(without(mistral(), "sliding_window"), "layer_types", full))->sliding_window ==
+        0);
+  CHECK(parse(without(smollm2(), "sliding_window"))->sliding_window == 0);
   const auto qwen = parse(with(qwen2(), "use_sliding_window", true));
   REQUIRE(qwen.ok());
   CHECK(qwen->sliding_window == 4096);
