@@ -37,6 +37,10 @@ absl::Status read_end_tokens(const Json& json, std::vector<std::int32_t>& tokens
   return absl::OkStatus();
 }
 
+bool is_top_k(float k) {
+  return k >= 0 && k < 1e9f;
+}
+
 }  // namespace
 
 absl::StatusOr<GenerationConfig> parse_generation_config(std::string_view text) {
@@ -50,7 +54,10 @@ absl::StatusOr<GenerationConfig> parse_generation_config(std::string_view text) 
   if (auto status = read_end_tokens(json, config.end_tokens); !status.ok()) return status;
 
   SamplingParams& sampling = config.sampling;
-  float top_k = 50;  // Hugging Face's default when sampling
+  const auto do_sample = json.find("do_sample");
+  const bool samples = do_sample != json.end() && do_sample->is_boolean() && do_sample->get<bool>();
+  float top_k = 50;  // Hugging Face's default when the file says nothing; null is off
+  if (const auto field = json.find("top_k"); field != json.end() && field->is_null()) top_k = 0;
   sampling.temperature = 1;
   for (auto [name, value] : {std::pair<const char*, float*>{"temperature", &sampling.temperature},
                              {"top_k", &top_k},
@@ -59,14 +66,19 @@ absl::StatusOr<GenerationConfig> parse_generation_config(std::string_view text) 
                              {"repetition_penalty", &sampling.repetition_penalty}}) {
     if (auto status = read_number(json, name, *value); !status.ok()) return status;
   }
-  if (!(top_k >= 0 && top_k < 1e9f)) {
+  if (top_k == -1) top_k = 0;  // off, as many files say it
+  if (!samples) {
+    // The filters wait for a caller who asks for a temperature, as in generate(do_sample=True).
+    // Nobody has tried them, so one that means nothing is off instead of an error.
+    sampling.temperature = 0;
+    if (!is_top_k(top_k)) top_k = 0;
+    if (!validate({.top_p = sampling.top_p}).ok()) sampling.top_p = 1;
+    if (!validate({.min_p = sampling.min_p}).ok()) sampling.min_p = 0;
+  }
+  if (!is_top_k(top_k)) {
     return absl::InvalidArgumentError(cat(kFile, ": top_k is out of range"));
   }
   sampling.top_k = static_cast<int>(top_k);
-  const auto do_sample = json.find("do_sample");
-  if (do_sample == json.end() || !do_sample->is_boolean() || !do_sample->get<bool>()) {
-    sampling = {.repetition_penalty = sampling.repetition_penalty};
-  }
   if (auto status = validate(sampling); !status.ok()) {
     return absl::InvalidArgumentError(cat(kFile, ": ", status.message()));
   }
@@ -76,7 +88,7 @@ absl::StatusOr<GenerationConfig> parse_generation_config(std::string_view text) 
 absl::StatusOr<GenerationConfig> load_generation_config(const std::filesystem::path& folder) {
   const std::filesystem::path file = folder / kFile;
   std::error_code error;
-  if (!std::filesystem::exists(file, error)) return GenerationConfig{};
+  if (!std::filesystem::exists(file, error)) return parse_generation_config("{}");
   auto text = read_text_file(file, 1 << 20);
   if (!text.ok()) return text.status();
   return parse_generation_config(*text);

@@ -20,6 +20,46 @@ TEST_CASE("defaults follow Hugging Face: greedy unless do_sample") {
   CHECK(sampled->sampling.top_k == 50);
 }
 
+TEST_CASE("a greedy file's filters are there for a caller who sets a temperature") {
+  const auto greedy =
+      parse_generation_config(R"({"temperature": 0.6, "top_p": 0.9, "min_p": 0.1})");
+  REQUIRE(greedy.ok());
+  CHECK(greedy->sampling.temperature == 0);
+  CHECK(greedy->sampling.top_p == 0.9f);
+  CHECK(greedy->sampling.min_p == 0.1f);
+  CHECK(greedy->sampling.top_k == 50);
+
+  const auto named = parse_generation_config(R"({"do_sample": false, "top_k": 20})");
+  REQUIRE(named.ok());
+  CHECK(named->sampling.greedy());
+  CHECK(named->sampling.top_k == 20);
+}
+
+TEST_CASE("top_k null and -1 are off") {
+  for (const char* text : {R"({"do_sample": true, "top_k": null})", R"({"top_k": null})",
+                           R"({"do_sample": true, "top_k": -1})", R"({"top_k": -1})",
+                           R"({"do_sample": true, "top_k": 0})"}) {
+    INFO(text);
+    const auto config = parse_generation_config(text);
+    REQUIRE(config.ok());
+    CHECK(config->sampling.top_k == 0);
+  }
+}
+
+TEST_CASE("a greedy file is usable whatever its filters say") {
+  const auto config = parse_generation_config(
+      R"({"do_sample": false, "temperature": -1, "top_k": -7, "top_p": 0, "min_p": 2,
+          "repetition_penalty": 1.1})");
+  INFO(config.status().message());
+  REQUIRE(config.ok());
+  CHECK(config->sampling.greedy());
+  CHECK(config->sampling.top_k == 0);
+  CHECK(config->sampling.top_p == 1);
+  CHECK(config->sampling.min_p == 0);
+  CHECK(config->sampling.repetition_penalty == 1.1f);
+  CHECK(!parse_generation_config(R"({"do_sample": false, "repetition_penalty": -1})").ok());
+}
+
 TEST_CASE("damaged generation configurations are refused by field") {
   const auto message = [](const char* text) {
     const auto config = parse_generation_config(text);
@@ -42,6 +82,7 @@ TEST_CASE("a folder without the file has plain defaults") {
   REQUIRE(config.ok());
   CHECK(config->end_tokens.empty());
   CHECK(config->sampling.greedy());
+  CHECK(config->sampling.top_k == 50);
 }
 
 }  // namespace infemeral
