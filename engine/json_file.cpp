@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <new>
 #include <nlohmann/json.hpp>
 #include <system_error>
 
@@ -40,12 +41,16 @@ std::size_t json_depth(std::string_view text) {
 absl::StatusOr<nlohmann::json> parse_json(std::string_view text, std::string_view name) {
   if (json_depth(text) > kMaxJsonDepth) {
     return absl::InvalidArgumentError(
-        cat(name, ": the JSON nests deeper than ", kMaxJsonDepth, " levels"));
+        cat(name, ": the JSON is nested deeper than ", kMaxJsonDepth, " levels"));
   }
   try {
     return nlohmann::json::parse(text);
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError(cat(name, ": out of memory while reading it"));
   } catch (const std::exception& e) {
-    return absl::InvalidArgumentError(cat(name, ": not valid JSON: ", e.what()));
+    constexpr std::size_t kShown = 200;  // what() quotes the last token, however long it is
+    return absl::InvalidArgumentError(
+        cat(name, ": not valid JSON: ", std::string_view(e.what()).substr(0, kShown)));
   }
 }
 

@@ -14,8 +14,8 @@ namespace infemeral {
 
 inline constexpr std::size_t kMaxJsonDepth = 64;  // some JSON calls recurse once a level
 
-// The parsed text. InvalidArgument, beginning with `name`, when it is not JSON or nests deeper than
-// kMaxJsonDepth.
+// The parsed text. Errors begin with `name`: InvalidArgument when it is not JSON or nests deeper
+// than kMaxJsonDepth, ResourceExhausted when there is no memory for it.
 absl::StatusOr<nlohmann::json> parse_json(std::string_view text, std::string_view name);
 
 // A whole file. NotFound, PermissionDenied or DataLoss when it cannot be read, ResourceExhausted

@@ -27,9 +27,9 @@ namespace infemeral {
 // Immutable: every method may be called from any number of threads at once.
 class Tokenizer {
  public:
-  // NotFound: no such file. InvalidArgument: not a tokenizer.json, or one that contradicts itself.
-  // Unimplemented: a part that this tokenizer does not have, named. ResourceExhausted: over 256
-  // MiB.
+  // NotFound: no such file; PermissionDenied, DataLoss: it cannot be read. InvalidArgument: not a
+  // tokenizer.json, or one that contradicts itself. Unimplemented: a part that this tokenizer does
+  // not have, named. ResourceExhausted: over 256 MiB.
   static absl::StatusOr<std::unique_ptr<const Tokenizer>> load(
       const std::filesystem::path& tokenizer_json);
   static absl::StatusOr<std::unique_ptr<const Tokenizer>> parse(std::string_view json);

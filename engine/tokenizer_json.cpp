@@ -1,41 +1,16 @@
 #include "engine/tokenizer_json.h"
 
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
+#include "engine/json_file.h"
 
 namespace infemeral::tok {
 namespace {
 
 constexpr std::size_t kMaxDocumentBytes = std::size_t{256} << 20;
-constexpr int kMaxDepth = 64;  // real files need about 8
 constexpr std::size_t kMaxComponents = 64;
-
-// The parser of nlohmann::json keeps a stack of its own, but copying and searching recurse; so
-// nesting is bounded before anything is built.
-bool nested_too_deep(std::string_view text) {
-  int depth = 0;
-  bool in_string = false;
-  for (std::size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (in_string) {
-      if (c == '\\') {
-        ++i;
-      } else if (c == '"') {
-        in_string = false;
-      }
-    } else if (c == '"') {
-      in_string = true;
-    } else if (c == '[' || c == '{') {
-      if (++depth > kMaxDepth) return true;
-    } else if (c == ']' || c == '}') {
-      --depth;
-    }
-  }
-  return false;
-}
 
 void flatten(const nlohmann::json& object, const char* list_key, const std::string& where,
              std::vector<Component>& out) {
@@ -74,35 +49,14 @@ nlohmann::json parse_document(std::string_view text) {
   if (text.size() > kMaxDocumentBytes) {
     throw LoadError(absl::ResourceExhaustedError("the JSON document is larger than 256 MiB"));
   }
-  if (nested_too_deep(text)) {
-    throw LoadError(absl::InvalidArgumentError(
-        absl::StrCat("the JSON document is nested deeper than ", kMaxDepth, " levels")));
-  }
-  try {
-    nlohmann::json document = nlohmann::json::parse(text);
-    if (!document.is_object()) invalid("the JSON document", "not an object");
-    return document;
-  } catch (const nlohmann::json::parse_error& error) {
-    throw LoadError(
-        absl::InvalidArgumentError(absl::StrCat("not valid JSON at byte ", error.byte)));
-  }
+  auto document = parse_json(text, "the JSON document");
+  if (!document.ok()) throw LoadError(document.status());
+  if (!document->is_object()) invalid("the JSON document", "not an object");
+  return *std::move(document);
 }
 
 absl::StatusOr<std::string> read_document(const std::filesystem::path& path) {
-  std::error_code error;
-  const std::uintmax_t size = std::filesystem::file_size(path, error);
-  if (error) {
-    return absl::NotFoundError(absl::StrCat(path.string(), ": ", error.message()));
-  }
-  if (size > kMaxDocumentBytes) {
-    return absl::ResourceExhaustedError(absl::StrCat(path.string(), " is larger than 256 MiB"));
-  }
-  std::string text(size, '\0');
-  std::ifstream file(path, std::ios::binary);
-  if (!file.read(text.data(), static_cast<std::streamsize>(size))) {
-    return absl::DataLossError(absl::StrCat(path.string(), " cannot be read to its end"));
-  }
-  return text;
+  return read_text_file(path, kMaxDocumentBytes);
 }
 
 const nlohmann::json& member(const nlohmann::json& object, const char* key,

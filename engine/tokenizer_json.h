@@ -34,7 +34,7 @@ std::string shown(std::string_view text);
 // Parses a document of bounded size and nesting. Throws LoadError.
 nlohmann::json parse_document(std::string_view text);
 
-// The whole file. NotFound, ResourceExhausted (over 256 MiB) or DataLoss.
+// The whole file, as read_text_file(); ResourceExhausted over 256 MiB.
 absl::StatusOr<std::string> read_document(const std::filesystem::path& path);
 
 // A member of an object; `where` names the object in messages. A missing or null member takes the

@@ -4,6 +4,7 @@
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -336,6 +337,7 @@ TEST_CASE("damaged and hostile files are refused with their reason") {
   refused(std::string(1 << 20, '['), StatusCode::kInvalidArgument, "nested");
   refused("{\"a\":" + std::string(1 << 20, '{'), StatusCode::kInvalidArgument, "nested");
   refused("{\"a\": \"\xFF\"}", StatusCode::kInvalidArgument, "JSON");
+  refused("{\"a\": \"" + std::string(1 << 20, 'x'), StatusCode::kInvalidArgument, "JSON");
   const std::string whole = byte_fallback_document().dump();
   for (std::size_t cut = 0; cut < whole.size(); cut += 97) {
     refused(whole.substr(0, cut), StatusCode::kInvalidArgument, "JSON");
@@ -474,6 +476,18 @@ TEST_CASE("a file that is not there is not found") {
   const auto result = Tokenizer::load("/nonexistent/tokenizer.json");
   CHECK(result.status().code() == absl::StatusCode::kNotFound);
   CHECK(std::string(result.status().message()).find("tokenizer.json") != std::string::npos);
+}
+
+TEST_CASE("a file that cannot be opened is not a missing one") {
+  const auto folder = std::filesystem::temp_directory_path() / "infemeral_tokenizer_test";
+  std::filesystem::remove_all(folder);
+  std::filesystem::create_directories(folder);
+  const auto file = folder / "tokenizer.json";
+  std::filesystem::create_symlink(file, file);  // a loop: closed even to root
+  const auto result = Tokenizer::load(file);
+  CHECK(result.status().code() == absl::StatusCode::kDataLoss);
+  CHECK(std::string(result.status().message()).find("cannot open " + file.string() + ": ") == 0);
+  std::filesystem::remove_all(folder);
 }
 
 }  // namespace infemeral
