@@ -112,6 +112,10 @@ absl::StatusOr<Config> read_config(std::string_view json) {
   }
 }
 
+absl::Status in_file(const std::filesystem::path& file, const absl::Status& status) {
+  return absl::Status(status.code(), absl::StrCat(file.string(), ": ", status.message()));
+}
+
 absl::Status no_template() {
   return absl::FailedPreconditionError(
       "the model has no chat template: it is not a chat model, or its tokenizer_config.json is "
@@ -139,7 +143,6 @@ class ChatTemplate::Writer {
 absl::StatusOr<ChatTemplate> ChatTemplate::parse(std::string_view json) {
   absl::StatusOr<Config> config = read_config(json);
   if (!config.ok()) return config.status();
-  if (config->jinja.empty()) return no_template();
   return recognise(config->jinja, std::move(config->bos_token));
 }
 
@@ -147,25 +150,23 @@ absl::StatusOr<ChatTemplate> ChatTemplate::load(
     const std::filesystem::path& tokenizer_config_json) {
   const absl::StatusOr<std::string> text = tok::read_document(tokenizer_config_json);
   if (!text.ok()) return text.status();
-  absl::StatusOr<ChatTemplate> result = [&]() -> absl::StatusOr<ChatTemplate> {
-    absl::StatusOr<Config> config = read_config(*text);
-    if (!config.ok()) return config.status();
-    if (config->jinja.empty()) {
-      const auto beside = tokenizer_config_json.parent_path() / "chat_template.jinja";
-      absl::StatusOr<std::string> jinja = tok::read_document(beside);
-      if (!jinja.ok()) return no_template();
-      config->jinja = *std::move(jinja);
-    }
-    return recognise(config->jinja, std::move(config->bos_token));
-  }();
-  if (result.ok()) return result;
-  return absl::Status(result.status().code(), absl::StrCat(tokenizer_config_json.string(), ": ",
-                                                           result.status().message()));
+  absl::StatusOr<Config> config = read_config(*text);
+  if (!config.ok()) return in_file(tokenizer_config_json, config.status());
+
+  // As in transformers, the file beside comes before the configuration's own template.
+  const auto beside = tokenizer_config_json.parent_path() / "chat_template.jinja";
+  const absl::StatusOr<std::string> jinja = tok::read_document(beside);
+  if (!jinja.ok() && !absl::IsNotFound(jinja.status())) return jinja.status();
+  absl::StatusOr<ChatTemplate> result =
+      recognise(jinja.ok() ? *jinja : config->jinja, std::move(config->bos_token));
+  if (!result.ok()) return in_file(jinja.ok() ? beside : tokenizer_config_json, result.status());
+  return result;
 }
 
 // By the marks that tell the formats apart, and against those that say that a template does more.
 absl::StatusOr<ChatTemplate> ChatTemplate::recognise(std::string_view source,
                                                      std::string bos_token) {
+  if (source.empty()) return no_template();
   // A newline in a Jinja string is written as itself or escaped.
   const std::string jinja = absl::StrReplaceAll(std::string(source), {{"\\n", "\n"}});
   ChatTemplate result;

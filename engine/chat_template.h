@@ -29,9 +29,10 @@ struct ChatMessage {
 // Immutable; safe to share between threads.
 class ChatTemplate {
  public:
-  // NotFound: no such file. FailedPrecondition: no chat template in it. Unimplemented: a template
-  // of another format. InvalidArgument: not a tokenizer_config.json. load() also takes the template
-  // from a chat_template.jinja beside the file, where newer models keep it.
+  // NotFound: no such file; PermissionDenied, DataLoss: it cannot be read. FailedPrecondition: no
+  // chat template in it. Unimplemented: a template of another format. InvalidArgument: not a
+  // tokenizer_config.json. A chat_template.jinja beside the file, where newer models keep it, comes
+  // before the file's own template; one that cannot be read is an error.
   static absl::StatusOr<ChatTemplate> load(const std::filesystem::path& tokenizer_config_json);
   static absl::StatusOr<ChatTemplate> parse(std::string_view json);
 

@@ -171,7 +171,7 @@ TEST_CASE("damaged configurations are refused, and a missing template is told ap
 }
 
 TEST_CASE("the template comes from a list, from a bos_token object, and from the file beside") {
-  const Json golden = goldens()[0];  // llama3
+  const Json all = goldens(), golden = all[0];  // llama3
   REQUIRE(golden["name"] == "llama3");
   const std::string jinja = golden["config"]["chat_template"];
   const Json config = {
@@ -190,6 +190,32 @@ TEST_CASE("the template comes from a list, from a bos_token object, and from the
   CHECK(ChatTemplate::load(path).status().code() == absl::StatusCode::kFailedPrecondition);
   std::ofstream(folder / "chat_template.jinja") << jinja;
   CHECK(ChatTemplate::load(path).ok());
+
+  // The file beside comes first, as in transformers, whatever the configuration says.
+  const auto chatml =
+      std::find_if(all.begin(), all.end(), [](const Json& g) { return g["name"] == "openhermes"; });
+  const auto hello = [&]() -> std::string {
+    const auto chat = ChatTemplate::load(path);
+    INFO(chat.status().message());
+    REQUIRE(chat.ok());
+    return *chat->render(std::vector<ChatMessage>{{"user", "Hello"}}, true);
+  };
+  std::ofstream(path) << (*chatml)["config"].dump();
+  CHECK(hello().starts_with("<s><|start_header_id|>"));
+  std::filesystem::remove(folder / "chat_template.jinja");
+  CHECK(hello().starts_with("<|im_start|>user"));
+  std::ofstream(folder / "chat_template.jinja") << "{{ messages }}";
+  const absl::Status other = ChatTemplate::load(path).status();
+  CHECK(other.code() == absl::StatusCode::kUnimplemented);
+  CHECK(std::string(other.message()).find("chat_template.jinja") != std::string::npos);
+
+  // One that cannot be read is not one that is missing. A loop is closed even to root.
+  std::filesystem::remove(folder / "chat_template.jinja");
+  std::filesystem::create_symlink("chat_template.jinja", folder / "chat_template.jinja");
+  const absl::Status loop = ChatTemplate::load(path).status();
+  CHECK(loop.code() == absl::StatusCode::kDataLoss);
+  CHECK(std::string(loop.message()).find("cannot open ") == 0);
+
   std::filesystem::remove_all(folder);
   CHECK(ChatTemplate::load(path).status().code() == absl::StatusCode::kNotFound);
 }
