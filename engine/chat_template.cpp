@@ -327,4 +327,15 @@ absl::StatusOr<std::string> ChatTemplate::render(std::span<const ChatMessage> me
   return text;
 }
 
+std::string_view ChatTemplate::end_of_turn() const {
+  switch (format_) {
+    case Format::kChatMl:
+    case Format::kQwen3:
+      return kEnd;
+    case Format::kLlama3:
+      return "<|eot_id|>";
+  }
+  return "";
+}
+
 }  // namespace infemeral

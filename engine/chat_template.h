@@ -46,6 +46,9 @@ class ChatTemplate {
   absl::StatusOr<std::string> render(std::span<const ChatMessage> messages,
                                      bool add_generation_prompt) const;
 
+  // The control token that ends a turn, the answer's too. Empty where it is the model's end token.
+  std::string_view end_of_turn() const;
+
  private:
   enum class Format { kChatMl, kQwen3, kLlama3 };
   struct Part {

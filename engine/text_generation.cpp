@@ -3,6 +3,14 @@
 #include <algorithm>
 
 namespace infemeral {
+namespace {
+
+std::optional<std::int32_t> special_token(const Tokenizer& tokenizer, std::string_view name) {
+  const std::optional<std::int32_t> id = tokenizer.token_id(name);
+  return id && tokenizer.is_special(*id) ? id : std::nullopt;
+}
+
+}  // namespace
 
 absl::StatusOr<TextAssets> TextAssets::load(const std::filesystem::path& client_folder) {
   TextAssets assets;
@@ -11,6 +19,9 @@ absl::StatusOr<TextAssets> TextAssets::load(const std::filesystem::path& client_
   assets.tokenizer = *std::move(tokenizer);
   // A model without a usable template is fine until a chat is asked for.
   assets.chat_template = ChatTemplate::load(client_folder / "tokenizer_config.json");
+  if (assets.chat_template.ok()) {
+    assets.end_of_turn = special_token(*assets.tokenizer, assets.chat_template->end_of_turn());
+  }
   auto defaults = load_generation_config(client_folder);
   if (!defaults.ok()) return defaults.status();
   assets.defaults = *std::move(defaults);
@@ -63,12 +74,26 @@ std::string StopFilter::finish() {
 
 TextJob::TextJob(const TextAssets& assets, TextRequest request, TextCallback on_text)
     : decoder_(*assets.tokenizer, /*skip_special_tokens=*/true),
-      filter_(std::move(request.stop)),
+      filter_(request.stop),
       on_text_(std::move(on_text)) {
   job.request = {.prompt = std::move(request.prompt),
                  .max_tokens = request.max_tokens,
                  .sampling = request.sampling};
-  if (!request.ignore_end_tokens) job.request.end_tokens = assets.defaults.end_tokens;
+  std::vector<std::int32_t>& ends = job.request.end_tokens;
+  if (!request.ignore_end_tokens) {
+    ends = assets.defaults.end_tokens;
+    // A chat's answer is a turn, also where generation_config.json names the base model's end token
+    // alone. Text holds no control tokens, so a prompt that ends a turn is a chat.
+    const std::vector<std::int32_t>& prompt = job.request.prompt;
+    if (assets.end_of_turn &&
+        std::find(prompt.begin(), prompt.end(), *assets.end_of_turn) != prompt.end()) {
+      ends.push_back(*assets.end_of_turn);
+    }
+  }
+  // The decoder leaves special tokens out of the text, where the filter would look for them.
+  for (const std::string& stop : request.stop) {
+    if (const auto id = special_token(*assets.tokenizer, stop)) ends.push_back(*id);
+  }
   job.on_token = [this](std::int32_t token) { return push(token); };
   job.result = &result.generation;
 }

@@ -28,14 +28,16 @@ struct TextAssets {
   // The prompt's ids: with the model's begin token where its tokenizer adds one. Text that looks
   // like a special token stays text.
   absl::StatusOr<std::vector<std::int32_t>> encode_prompt(std::string_view prompt) const;
-  // Through the model's chat template, ready for the assistant's turn. Unimplemented, with the
-  // reason, when the model has no template that the engine knows.
+  // Through the model's chat template, ready for the assistant's turn. Errors: those of
+  // ChatTemplate::load for a model without a template that the engine knows, and of its encode.
   absl::StatusOr<std::vector<std::int32_t>> encode_chat(
       std::span<const ChatMessage> messages) const;
 
   std::unique_ptr<const Tokenizer> tokenizer;
   absl::StatusOr<ChatTemplate> chat_template = absl::UnknownError("not loaded");
   GenerationConfig defaults;
+  // What ends a turn of the model's chats, where that is a token.
+  std::optional<std::int32_t> end_of_turn;
 };
 
 // Cuts a stream of text at the first of several stop strings, holding back what might become one.
@@ -60,8 +62,8 @@ struct TextRequest {
   std::vector<std::int32_t> prompt;
   std::uint32_t max_tokens = 128;
   SamplingParams sampling;
-  std::vector<std::string> stop;
-  bool ignore_end_tokens = false;
+  std::vector<std::string> stop;   // a special token's name means that token, too
+  bool ignore_end_tokens = false;  // the model's own, not those in `stop`
 };
 
 struct TextResult {
