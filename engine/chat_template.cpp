@@ -7,34 +7,36 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_replace.h"
 #include "engine/tokenizer_json.h"
 #include "engine/tokenizer_unicode.h"
 
 namespace infemeral {
 namespace {
 
-constexpr std::string_view kStart = "<|im_start|>";
-constexpr std::string_view kEnd = "<|im_end|>";
-
 bool contains(std::string_view text, std::string_view part) {
   return text.find(part) != std::string_view::npos;
 }
 
-// Python's str.strip(): White_Space and the four separators of ASCII.
+// Python's str.strip() and rstrip(): White_Space and the four separators of ASCII.
 bool is_python_space(char32_t c) {
   return tok::is_white_space(c) || (c >= 0x1C && c <= 0x1F);
 }
 
+std::string_view trim_right(std::string_view text) {
+  std::size_t end = 0;
+  for (std::size_t pos = 0; pos < text.size();) {
+    if (!is_python_space(tok::next_char(text, pos))) end = pos;
+  }
+  return text.substr(0, end);
+}
+
 std::string_view trim(std::string_view text) {
-  std::size_t begin = text.size(), end = 0;
+  text = trim_right(text);
   for (std::size_t pos = 0; pos < text.size();) {
     const std::size_t here = pos;
-    if (is_python_space(tok::next_char(text, pos))) continue;
-    begin = std::min(begin, here);
-    end = pos;
+    if (!is_python_space(tok::next_char(text, pos))) return text.substr(here);
   }
-  return begin < end ? text.substr(begin, end - begin) : std::string_view();
+  return {};
 }
 
 std::string_view trim_newlines(std::string_view text, bool left, bool right) {
@@ -52,34 +54,12 @@ std::string_view after_last(std::string_view text, std::string_view mark) {
   return found == std::string_view::npos ? text : text.substr(found + mark.size());
 }
 
-absl::Status unknown_template(std::string_view why) {
-  return absl::UnimplementedError(
-      absl::StrCat("the chat template is not one of ChatML, Qwen3 or Llama 3 (", std::string(why),
-                   "); format the prompt yourself and send it as plain text"));
-}
-
-// The literal that a ChatML template says as the system message by default, "" for none. Branches
-// that put the caller's text there have a quotation mark behind the newline.
-absl::StatusOr<std::string> default_system(std::string_view jinja) {
-  const std::string opening = absl::StrCat("<|im_start|>", "system\n");
-  for (std::size_t pos = 0; (pos = jinja.find(opening, pos)) != std::string_view::npos;) {
-    pos += opening.size();
-    const std::string_view text = before_first(jinja.substr(pos), kEnd);
-    if (text.empty() || text[0] == '\'' || text[0] == '"') continue;
-    if (contains(text, "\\") || contains(text, "{") || contains(text, "'") ||
-        pos + text.size() == jinja.size()) {
-      return unknown_template("its default system message is not a plain string");
-    }
-    return std::string(text);
-  }
-  return std::string();
-}
-
-std::string read_bos(const nlohmann::json& config) {
-  if (tok::is_null(config, "bos_token")) return "";
-  const nlohmann::json& bos = config["bos_token"];
-  if (bos.is_object()) return tok::string_member(bos, "content", "bos_token");
-  return tok::string_member(config, "bos_token", "tokenizer_config.json");
+// "bos_token" or "eos_token": its text, or an object that has it. "" when there is none.
+std::string read_token(const nlohmann::json& config, const char* name) {
+  if (tok::is_null(config, name)) return "";
+  const nlohmann::json& token = config[name];
+  if (token.is_object()) return tok::string_member(token, "content", name);
+  return tok::string_member(config, name, "tokenizer_config.json");
 }
 
 // "chat_template" is the program, or a list of named ones. "" when there is none.
@@ -94,22 +74,6 @@ std::string read_template(const nlohmann::json& config) {
     }
   }
   return "";
-}
-
-struct Config {
-  std::string jinja;
-  std::string bos_token;
-};
-
-absl::StatusOr<Config> read_config(std::string_view json) {
-  try {
-    const nlohmann::json config = tok::parse_document(json);
-    return Config{read_template(config), read_bos(config)};
-  } catch (const tok::LoadError& error) {
-    return error.status();
-  } catch (const std::exception& error) {
-    return absl::InvalidArgumentError(absl::StrCat("not a tokenizer_config.json: ", error.what()));
-  }
 }
 
 absl::Status in_file(const std::filesystem::path& file, const absl::Status& status) {
@@ -140,10 +104,22 @@ class ChatTemplate::Writer {
   std::vector<Part> parts_;
 };
 
+absl::StatusOr<ChatTemplate::Config> ChatTemplate::read_config(std::string_view json) {
+  try {
+    const nlohmann::json config = tok::parse_document(json);
+    return Config{read_template(config), read_token(config, "bos_token"),
+                  read_token(config, "eos_token")};
+  } catch (const tok::LoadError& error) {
+    return error.status();
+  } catch (const std::exception& error) {
+    return absl::InvalidArgumentError(absl::StrCat("not a tokenizer_config.json: ", error.what()));
+  }
+}
+
 absl::StatusOr<ChatTemplate> ChatTemplate::parse(std::string_view json) {
   absl::StatusOr<Config> config = read_config(json);
   if (!config.ok()) return config.status();
-  return recognise(config->jinja, std::move(config->bos_token));
+  return recognise(config->jinja, *config);
 }
 
 absl::StatusOr<ChatTemplate> ChatTemplate::load(
@@ -157,58 +133,25 @@ absl::StatusOr<ChatTemplate> ChatTemplate::load(
   const auto beside = tokenizer_config_json.parent_path() / "chat_template.jinja";
   const absl::StatusOr<std::string> jinja = tok::read_document(beside);
   if (!jinja.ok() && !absl::IsNotFound(jinja.status())) return jinja.status();
-  absl::StatusOr<ChatTemplate> result =
-      recognise(jinja.ok() ? *jinja : config->jinja, std::move(config->bos_token));
+  absl::StatusOr<ChatTemplate> result = recognise(jinja.ok() ? *jinja : config->jinja, *config);
   if (!result.ok()) return in_file(jinja.ok() ? beside : tokenizer_config_json, result.status());
   return result;
 }
 
-// By the marks that tell the formats apart, and against those that say that a template does more.
-absl::StatusOr<ChatTemplate> ChatTemplate::recognise(std::string_view source,
-                                                     std::string bos_token) {
-  if (source.empty()) return no_template();
-  // A newline in a Jinja string is written as itself or escaped.
-  const std::string jinja = absl::StrReplaceAll(std::string(source), {{"\\n", "\n"}});
+absl::StatusOr<ChatTemplate> ChatTemplate::recognise(std::string_view jinja, Config config) {
+  if (jinja.empty()) return no_template();
+  absl::StatusOr<ChatFormat> format = recognise_chat_format(jinja);
+  if (!format.ok()) return format.status();
   ChatTemplate result;
-  result.bos_token_ = std::move(bos_token);
-  const bool has_flag = contains(jinja, "add_generation_prompt");
-
-  if (contains(jinja, "<|start_header_id|>") && contains(jinja, "<|eot_id|>")) {
-    if (!contains(jinja, "bos_token") || !contains(jinja, "trim") ||
-        !contains(jinja, "<|end_header_id|>\n\n")) {
-      return unknown_template("it only resembles Llama 3");
-    }
-    result.format_ = Format::kLlama3;
-    result.dates_ = contains(jinja, "Cutting Knowledge Date: December 2023\n");
-    if (!result.dates_ && contains(jinja, "Date")) {
-      return unknown_template("it resembles Llama 3 with other dates");
-    }
-    result.always_generate_ = !has_flag;
-    return result;
-  }
-
-  if (!contains(jinja, kStart) || !contains(jinja, kEnd)) {
-    return unknown_template("it has the marks of none");
-  }
-  if (!has_flag || contains(jinja, "bos_token") || contains(jinja, "trim") ||
-      contains(jinja, ".strip()") || contains(jinja, "<|im_start|>assistant\n<think>")) {
-    return unknown_template("it only resembles ChatML");
-  }
-  if (contains(jinja, "think>")) {
-    if (!contains(jinja, "last_query_index") || !contains(jinja, "reasoning_content")) {
-      return unknown_template("it resembles ChatML with reasoning of its own kind");
-    }
-    result.format_ = Format::kQwen3;
-  }
-  absl::StatusOr<std::string> system = default_system(jinja);
-  if (!system.ok()) return system.status();
-  result.default_system_ = *std::move(system);
+  result.format_ = *std::move(format);
+  result.bos_token_ = std::move(config.bos_token);
+  result.eos_token_ = std::move(config.eos_token);
   return result;
 }
 
 void ChatTemplate::write_chatml(std::span<const ChatMessage> messages, Writer& out) const {
-  if (!default_system_.empty() && messages[0].role != "system") {
-    out.markup(absl::StrCat("<|im_start|>system\n", default_system_, "<|im_end|>\n"));
+  if (!format_.default_system.empty() && messages[0].role != "system") {
+    out.markup(absl::StrCat("<|im_start|>system\n", format_.default_system, "<|im_end|>\n"));
   }
   for (const ChatMessage& message : messages) {
     out.markup(absl::StrCat("<|im_start|>", message.role, "\n"));
@@ -257,7 +200,7 @@ void ChatTemplate::write_llama3(std::span<const ChatMessage> messages, Writer& o
     out.markup("<|end_header_id|>\n\n");
   };
   out.markup(bos_token_);
-  if (dates_) {
+  if (format_.dates) {
     header("system");
     out.markup("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n");
     if (messages[0].role == "system") {
@@ -271,6 +214,56 @@ void ChatTemplate::write_llama3(std::span<const ChatMessage> messages, Writer& o
     out.content(trim(message.content));
     out.markup("<|eot_id|>");
   }
+}
+
+absl::Status ChatTemplate::write_instruct(std::span<const ChatMessage> messages,
+                                          Writer& out) const {
+  using System = InstructStyle::System;
+  const InstructStyle& style = *format_.instruct;
+  const ChatMessage* system = nullptr;
+  if (messages[0].role == "system" && style.system != System::kNone) {
+    system = messages.data();
+    messages = messages.subspan(1);
+  }
+  if (!style.begin_each) out.markup(bos_token_);
+  for (std::size_t i = 0; i < messages.size(); ++i) {
+    const bool question = i % 2 == 0;
+    if (messages[i].role != (question ? "user" : "assistant")) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("the model's chat template takes user and assistant messages in turns, ",
+                       style.system == System::kNone ? "without a system message"
+                                                     : "behind at most one system message"));
+    }
+    std::string_view content = messages[i].content;
+    if (!question) {
+      out.markup(style.before_answer);
+      out.content(style.strip_answers ? trim(content) : content);
+      out.markup(style.before_end);
+      out.markup(eos_token_);
+      out.markup(style.after_end);
+      continue;
+    }
+    if (style.begin_each) out.markup(bos_token_);
+    out.markup(style.before_question);
+    const bool has_system =
+        system != nullptr && i == (style.system == System::kLast ? messages.size() - 1 : 0);
+    if (has_system && style.system == System::kTags) {
+      // Stripped together with the question, of which nothing may be left.
+      content = trim_right(content);
+      out.markup("<<SYS>>\n");
+      out.content(system->content);
+      out.markup(content.empty() ? "\n<</SYS>>" : "\n<</SYS>>\n\n");
+    } else {
+      if (has_system) {
+        out.content(system->content);
+        out.markup("\n\n");
+      }
+      if (style.strip_questions) content = trim(content);
+    }
+    out.content(content);
+    out.markup(style.after_question);
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<ChatTemplate::Part>> ChatTemplate::parts(
@@ -290,20 +283,23 @@ absl::StatusOr<std::vector<ChatTemplate::Part>> ChatTemplate::parts(
     valid[i].content = std::move(content);
   }
   Writer out;
-  switch (format_) {
-    case Format::kChatMl:
+  const bool generate = add_generation_prompt || format_.always_generate;
+  switch (format_.family) {
+    case ChatFormat::Family::kChatMl:
       write_chatml(valid, out);
+      if (generate) out.markup("<|im_start|>assistant\n");
       break;
-    case Format::kQwen3:
+    case ChatFormat::Family::kQwen3:
       write_qwen3(valid, out);
+      if (generate) out.markup("<|im_start|>assistant\n");
       break;
-    case Format::kLlama3:
+    case ChatFormat::Family::kLlama3:
       write_llama3(valid, out);
+      if (generate) out.markup("<|start_header_id|>assistant<|end_header_id|>\n\n");
       break;
-  }
-  if (add_generation_prompt || always_generate_) {
-    out.markup(format_ == Format::kLlama3 ? "<|start_header_id|>assistant<|end_header_id|>\n\n"
-                                          : "<|im_start|>assistant\n");
+    case ChatFormat::Family::kInstruct:
+      if (auto status = write_instruct(valid, out); !status.ok()) return status;
+      break;
   }
   return out.take();
 }
@@ -328,12 +324,14 @@ absl::StatusOr<std::string> ChatTemplate::render(std::span<const ChatMessage> me
 }
 
 std::string_view ChatTemplate::end_of_turn() const {
-  switch (format_) {
-    case Format::kChatMl:
-    case Format::kQwen3:
-      return kEnd;
-    case Format::kLlama3:
+  switch (format_.family) {
+    case ChatFormat::Family::kChatMl:
+    case ChatFormat::Family::kQwen3:
+      return "<|im_end|>";
+    case ChatFormat::Family::kLlama3:
       return "<|eot_id|>";
+    case ChatFormat::Family::kInstruct:
+      break;
   }
   return "";
 }

@@ -7,6 +7,9 @@
 //   Qwen3     ChatML that cuts the reasoning out of earlier answers
 //   Llama 3   also 3.1 to 3.3, whose system message carries dates; "Today Date" is the templates'
 //             fallback, 26 Jul 2024, so that a prompt does not depend on the day
+//   Mistral   -Instruct v0.1 to v0.3 and Nemo; [INST] is a control token from v0.3 on only, before
+//             that a text that reads like it cannot be told from it, by this or any program
+//   Llama 2   -chat, likewise
 #pragma once
 
 #include <cstdint>
@@ -16,7 +19,9 @@
 #include <string_view>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/chat_template_formats.h"
 #include "engine/tokenizer.h"
 
 namespace infemeral {
@@ -37,7 +42,8 @@ class ChatTemplate {
   static absl::StatusOr<ChatTemplate> parse(std::string_view json);
 
   // The prompt's token ids. Only the format's own markup becomes control tokens; text in a message
-  // that reads like one stays text. InvalidArgument: no message, or a role other than the three.
+  // that reads like one stays text. InvalidArgument: no message, a role other than the three, or
+  // an order of roles that the template refuses.
   absl::StatusOr<std::vector<std::int32_t>> encode(const Tokenizer& tokenizer,
                                                    std::span<const ChatMessage> messages,
                                                    bool add_generation_prompt) const;
@@ -50,25 +56,29 @@ class ChatTemplate {
   std::string_view end_of_turn() const;
 
  private:
-  enum class Format { kChatMl, kQwen3, kLlama3 };
+  struct Config {
+    std::string jinja;
+    std::string bos_token;
+    std::string eos_token;
+  };
   struct Part {
     std::string text;
     bool markup;
   };
   class Writer;
 
-  static absl::StatusOr<ChatTemplate> recognise(std::string_view jinja, std::string bos_token);
+  static absl::StatusOr<Config> read_config(std::string_view json);
+  static absl::StatusOr<ChatTemplate> recognise(std::string_view jinja, Config config);
   absl::StatusOr<std::vector<Part>> parts(std::span<const ChatMessage> messages,
                                           bool add_generation_prompt) const;
   void write_chatml(std::span<const ChatMessage> messages, Writer& out) const;
   void write_qwen3(std::span<const ChatMessage> messages, Writer& out) const;
   void write_llama3(std::span<const ChatMessage> messages, Writer& out) const;
+  absl::Status write_instruct(std::span<const ChatMessage> messages, Writer& out) const;
 
-  Format format_ = Format::kChatMl;
-  std::string default_system_;    // ChatML: said when the first message is no system message
-  bool dates_ = false;            // Llama 3.1 and later
-  bool always_generate_ = false;  // the first Llama 3 template prompts for an answer always
+  ChatFormat format_;
   std::string bos_token_;
+  std::string eos_token_;
 };
 
 }  // namespace infemeral

@@ -21,6 +21,14 @@ Json goldens() {
   return Json::parse(file)["goldens"];
 }
 
+Json golden(const std::string& name) {
+  for (Json& one : goldens()) {
+    if (one["name"] == name) return one;
+  }
+  FAIL("no golden " << name);
+  return {};
+}
+
 std::vector<ChatMessage> messages_of(const Json& list) {
   std::vector<ChatMessage> messages;
   for (const Json& message : list) messages.push_back({message["role"], message["content"]});
@@ -38,7 +46,7 @@ std::string config_with(const std::string& jinja) {
   return Json{{"bos_token", "<s>"}, {"chat_template", jinja}}.dump();
 }
 
-// Bytes as tokens, and the markup of both families as special tokens above them.
+// Bytes as tokens, and the markup of all families as special tokens above them.
 std::unique_ptr<const Tokenizer> byte_tokenizer() {
   Json vocabulary = {{"<unk>", 256}};
   for (int byte = 0; byte < 256; ++byte) {
@@ -48,8 +56,9 @@ std::unique_ptr<const Tokenizer> byte_tokenizer() {
   }
   Json added = Json::array();
   int id = 257;
-  for (const char* content : {"<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>",
-                              "<|start_header_id|>", "<|end_header_id|>"}) {
+  for (const char* content :
+       {"<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>",
+        "<|end_header_id|>", "<s>", "</s>", "[INST]", "[/INST]"}) {
     added.push_back({{"id", id++}, {"content", content}, {"special", true}, {"normalized", false}});
   }
   const Json document = {{"added_tokens", added},
@@ -74,12 +83,16 @@ TEST_CASE("every golden is rendered as jinja2 renders it") {
     for (const Json& c : golden["cases"]) {
       INFO(golden["name"].get<std::string>() << ": " << c["messages"].dump());
       const auto text = chat.render(messages_of(c["messages"]), c["add_generation_prompt"]);
-      REQUIRE(text.ok());
-      CHECK(*text == c["text"].get<std::string>());
+      if (c["text"].is_null()) {  // the template raises
+        CHECK(text.status().code() == absl::StatusCode::kInvalidArgument);
+      } else {
+        REQUIRE(text.ok());
+        CHECK(*text == c["text"].get<std::string>());
+      }
       ++cases;
     }
   }
-  CHECK(cases == 6 * 16);
+  CHECK(cases == 12 * 22);
 }
 
 TEST_CASE("markup becomes control tokens, and what people write never does") {
@@ -87,6 +100,7 @@ TEST_CASE("markup becomes control tokens, and what people write never does") {
   for (const Json& golden : goldens()) {
     const ChatTemplate chat = parsed(golden["config"]);
     for (const Json& c : golden["cases"]) {
+      if (c["text"].is_null()) continue;
       INFO(golden["name"].get<std::string>() << ": " << c["messages"].dump());
       const std::vector<ChatMessage> messages = messages_of(c["messages"]);
       const bool prompt = c["add_generation_prompt"];
@@ -104,13 +118,13 @@ TEST_CASE("markup becomes control tokens, and what people write never does") {
                              [&](std::int32_t id) { return tokenizer->is_special(id); });
       };
       CHECK(controls(*ids) == controls(*bare));
-      CHECK(controls(*bare) > 0);
+      CHECK((controls(*bare) > 0 || c["text"] == ""));
     }
   }
 }
 
 TEST_CASE("a chat that cannot be formatted is refused") {
-  const ChatTemplate chat = parsed(goldens()[0]["config"]);
+  const ChatTemplate chat = parsed(golden("llama3")["config"]);
   const auto code = [&](std::vector<ChatMessage> messages) {
     return chat.render(messages, true).status().code();
   };
@@ -131,7 +145,7 @@ TEST_CASE("content that is not UTF-8 is repaired before it is trimmed") {
 }
 
 TEST_CASE("other templates are refused in a sentence") {
-  const std::string chatml = goldens()[2]["config"]["chat_template"];
+  const std::string chatml = golden("openhermes")["config"]["chat_template"];
   const std::string flag =
       "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
   REQUIRE(ChatTemplate::parse(config_with(chatml)).ok());
@@ -139,8 +153,8 @@ TEST_CASE("other templates are refused in a sentence") {
       std::string("{{ messages[0].content }}"),
       std::string(
           "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"),
+      std::string("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"),
       "{{ bos_token }}" + chatml,
-      "{# | trim #}" + chatml,
       "<|im_start|><|im_end|> without the flag",
       chatml + "{{ '<|im_start|>assistant\\n<think>\\n' }}",
       "<think>" + chatml,
@@ -154,6 +168,134 @@ TEST_CASE("other templates are refused in a sentence") {
     const auto result = ChatTemplate::parse(config_with(other));
     CHECK(result.status().code() == absl::StatusCode::kUnimplemented);
     CHECK(std::string(result.status().message()).find("chat template") != std::string::npos);
+  }
+}
+
+// Programs that are one of the known ones but for a step, and say another prompt for it.
+TEST_CASE("a template that does more than the format it resembles is refused with what it does") {
+  struct Case {
+    const char* name;
+    const char* from;  // in the golden's program
+    const char* to;
+    const char* why;
+  };
+  const std::vector<Case> cases = {
+      {"smollm2", "", "{% set system_message = 'You are X.' %}", "it sets"},
+      {"smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+       "' + system_message + '", "it writes"},
+      {"smollm2", "{% if loop.first and messages[0]['role'] != 'system' %}", "{% if loop.first %}",
+       "it writes"},
+      {"openhermes", "", "{{ '<|im_start|>system\nYou are X.<|im_end|>\n' }}", "it writes"},
+      {"openhermes", "", "<|im_start|>system\nYou are X.<|im_end|>\n", "it writes"},
+      {"openhermes", "message['content']", "message['content'] | trim", "it writes the value of"},
+      {"openhermes", "message['content']", "message['content'].strip()", "it writes the value of"},
+      {"openhermes", "'<|im_end|>' + '\\n'", "'<|im_end|>'", "it writes"},
+      {"openhermes", "assistant\\n", "assistant\\n<think>\\n", "of its own kind"},
+      {"openhermes", "in messages", "in messages[1:]", "it loops over"},
+      {"openhermes", "{% for", "{% if '/think' in messages[0].content %}{% endif %}{% for",
+       "it looks for"},
+      {"openhermes", "{{'<|im_start|>'", "{% if message.role == 'user' %}{{'<|im_start|>'",
+       "blocks that do not match"},
+      {"openhermes", "", "{% macro m() %}{% endmacro %}", "macro"},
+      {"llama3", "", "{% set system_message = 'You are X.' %}", "it sets"},
+      {"llama3", "{{ content }}", "{{ content.split('</think>')[-1] }}", "it writes the value of"},
+      {"llama3", "{% for",
+       "{{ '<|start_header_id|>system<|end_header_id|>\n\n' + messages[0].content | trim + "
+       "'<|eot_id|>' }}{% for",
+       "it writes"},
+      {"llama3", "message['content'] | trim", "message['content']", "it sets"},
+      {"llama3_2", "{%- set system_message = \"\" %}", "{%- set system_message = \"You are X.\" %}",
+       "it sets"},
+      {"llama3_2", "{{- \"<|start_header_id|>system",
+       "{%- if system_message %}{%- endif %}{{- \"<|start_header_id|>assistant",
+       "resembles Llama 3"},
+      {"llama3_2", "December 2023", "July 2025", "resembles Llama 3"},
+      {"qwen3", "{%- if loop.index0 > ns.last_query_index %}", "{%- if loop.last %}",
+       "of its own kind"},
+      {"qwen3", "enable_thinking is defined and enable_thinking is false", "not enable_thinking",
+       "it writes"},
+      {"mistral_v0_1", "' [/INST]'", "'[/INST]'", "none of their published"},
+      {"mistral_v0_3", "|trim", "", "none of their published"},
+      {"llama2", "set system_message = false", "set system_message = 'You are X.'",
+       "none of their published"},
+  };
+  for (const Case& c : cases) {
+    std::string jinja = golden(c.name)["config"]["chat_template"];
+    const std::size_t at = jinja.find(c.from);
+    INFO(c.name << ": " << c.from << " -> " << c.to);
+    REQUIRE(at != std::string::npos);
+    REQUIRE(ChatTemplate::parse(config_with(jinja)).ok());
+    jinja.replace(at, std::string(c.from).size(), c.to);
+    const absl::Status status = ChatTemplate::parse(config_with(jinja)).status();
+    CHECK(status.code() == absl::StatusCode::kUnimplemented);
+    INFO(status.message());
+    CHECK(std::string(status.message()).find(c.why) != std::string::npos);
+  }
+}
+
+TEST_CASE("a template's spelling makes no difference") {
+  const Json openhermes = golden("openhermes");
+  const std::string jinja = openhermes["config"]["chat_template"];
+  const std::vector<std::string> same = {
+      "{# | trim #}" + jinja,
+      "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}"
+      "{% endif %}\n" +
+          jinja,
+      "{%- for message in messages -%}\n  <|im_start|>{{ message.role }}\n{{ message.content "
+      "}}<|im_end|>\n{% endfor %}\n  {%- if add_generation_prompt %}\n<|im_start|>assistant\n"
+      "{% endif %}\n",
+      "{% for m in messages %}{{ \"<|im_start|>\" ~ m[\"role\"] ~ \"\\n\" ~ m.content }}"
+      "{{ '<|im_end|>\\n' }}{% endfor %}"
+      "{% if add_generation_prompt == true %}{{ '<|im_start|>' + 'assistant\\n' }}{% endif %}"};
+  for (const std::string& other : same) {
+    INFO(other);
+    const auto chat = ChatTemplate::parse(config_with(other));
+    INFO(chat.status().message());
+    REQUIRE(chat.ok());
+    for (const Json& c : openhermes["cases"]) {
+      CHECK(*chat->render(messages_of(c["messages"]), c["add_generation_prompt"]) ==
+            c["text"].get<std::string>());
+    }
+  }
+}
+
+TEST_CASE("damaged programs are refused") {
+  std::vector<std::string> programs = {"{{",
+                                       "{%",
+                                       "{#",
+                                       "{{ '",
+                                       "{{ '\\",
+                                       "{% if",
+                                       "{% if %}",
+                                       "{% endif %}",
+                                       "{% else %}",
+                                       "{% endfor %}",
+                                       "{% %}",
+                                       "{{}}",
+                                       "{% if (((",
+                                       "{{ ))) }}",
+                                       "{% elif x %}",
+                                       "{",
+                                       "{{ '\\x41' }}",
+                                       "{% for m in messages %}{% else %}{% endfor %}"};
+  std::string blocks, brackets = "{% if ", nots = "{% if ";
+  for (int i = 0; i < 100000; ++i) {
+    blocks += "{% if x %}";
+    brackets += "(";
+    nots += "not ";
+  }
+  programs.insert(programs.end(), {blocks, brackets + " %}", nots + " x %}{% endif %}"});
+  for (const char* name : {"qwen3", "llama3_2", "mistral_v0_3"}) {
+    const std::string whole = golden(name)["config"]["chat_template"];
+    for (std::size_t cut = 1; cut + 1 < whole.size(); cut += 7) {
+      programs.push_back(whole.substr(0, cut));
+    }
+  }
+  for (const std::string& program : programs) {
+    INFO(program.substr(0, 200));
+    const auto result = ChatTemplate::parse(config_with(program));
+    CHECK(result.status().code() == absl::StatusCode::kUnimplemented);
+    CHECK(result.status().message().size() < 400);
   }
 }
 
@@ -171,16 +313,15 @@ TEST_CASE("damaged configurations are refused, and a missing template is told ap
 }
 
 TEST_CASE("the template comes from a list, from a bos_token object, and from the file beside") {
-  const Json all = goldens(), golden = all[0];  // llama3
-  REQUIRE(golden["name"] == "llama3");
-  const std::string jinja = golden["config"]["chat_template"];
+  const Json llama3 = golden("llama3");
+  const std::string jinja = llama3["config"]["chat_template"];
   const Json config = {
       {"bos_token", {{"content", "<|begin_of_text|>"}}},
       {"chat_template",
        {{{"name", "tool_use"}, {"template", "?"}}, {{"name", "default"}, {"template", jinja}}}}};
   const auto text = parsed(config).render(std::vector<ChatMessage>{{"user", "Hello"}}, true);
   REQUIRE(text.ok());
-  CHECK(*text == golden["cases"][1]["text"].get<std::string>());
+  CHECK(*text == llama3["cases"][1]["text"].get<std::string>());
 
   const auto folder = std::filesystem::temp_directory_path() / "infemeral_chat_template_test";
   std::filesystem::create_directories(folder);
@@ -192,15 +333,13 @@ TEST_CASE("the template comes from a list, from a bos_token object, and from the
   CHECK(ChatTemplate::load(path).ok());
 
   // The file beside comes first, as in transformers, whatever the configuration says.
-  const auto chatml =
-      std::find_if(all.begin(), all.end(), [](const Json& g) { return g["name"] == "openhermes"; });
   const auto hello = [&]() -> std::string {
     const auto chat = ChatTemplate::load(path);
     INFO(chat.status().message());
     REQUIRE(chat.ok());
     return *chat->render(std::vector<ChatMessage>{{"user", "Hello"}}, true);
   };
-  std::ofstream(path) << (*chatml)["config"].dump();
+  std::ofstream(path) << golden("openhermes")["config"].dump();
   CHECK(hello().starts_with("<s><|start_header_id|>"));
   std::filesystem::remove(folder / "chat_template.jinja");
   CHECK(hello().starts_with("<|im_start|>user"));
