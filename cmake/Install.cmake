@@ -10,7 +10,7 @@ install(EXPORT infemeralTargets NAMESPACE infemeral:: DESTINATION ${package_dir}
 
 # Public headers only: what an application includes, and what those include.
 set(public_headers
-  engine/backend.h engine/body.h engine/certified_bound.h engine/certified_head.h engine/chat_template.h engine/client_folder.h engine/cloak.h engine/cloak_noise.h engine/draft.h
+  engine/backend.h engine/body.h engine/certified_bound.h engine/certified_head.h engine/chat_template.h engine/chat_template_formats.h engine/client_folder.h engine/cloak.h engine/cloak_noise.h engine/draft.h
   engine/fingerprint.h engine/float16.h engine/generation_config.h engine/host_device.h engine/link.h engine/log.h
   engine/metrics.h engine/model_config.h engine/pipeline.h engine/report.h engine/retry.h engine/safetensors.h
   engine/sampling.h engine/subset_head.h engine/text_generation.h engine/token_subset.h
