@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ["llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==1.26.4", "safetensors==0.5.3"]
+PACKAGES = ["llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==1.26.4", "safetensors==0.8.0"]
 PEER = ROOT / "perf" / "llama_cpp_peer.py"
 PARAGRAPH = (
     "The keeper of the lighthouse wrote down the weather every morning: the wind, the height of the "
