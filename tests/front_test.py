@@ -23,6 +23,7 @@ from fixture import Fixture, soon, temporary_folder  # noqa: E402
 
 INVALID_ARGUMENT, RESOURCE_EXHAUSTED, INTERNAL = 3, 8, 13
 HIDDEN = 64  # make_tiny_model's
+ALONE = [sys.executable, "-B", str(TESTS / "front_server.py")]  # without --front
 
 
 def rows(n, first=1):
@@ -224,6 +225,12 @@ def case_mistakes(fixture, _):
     fails(2, "not engine_serve of this release", ["--front", "/bin/true"])
     fails(2, "needs --front", [], "--metrics", "127.0.0.1:0")
     serve = str(fixture.tools / "engine_serve")
+    # A key in place of a file is never repeated.
+    for text in ((fixture.folder / "client.key").read_text(), "infemeral-public:" + 42 * "A"):
+        command = fixture.command("--allow", text, program=ALONE)
+        result = fixture.run(*command, check=False)
+        assert result.returncode == 2 and b"public" in result.stderr, result
+        assert text.split(":")[1].strip().encode() not in result.stderr, result.stderr
     for flags, word in (((), "--model is required"),
                         (("--worker", "0"), "no socket of a worker"),
                         (("--worker", "0", "--model", "x"), "--model")):

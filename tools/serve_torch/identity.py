@@ -12,6 +12,7 @@ from .body import LoadError
 PUBLIC_PREFIX = "infemeral-public:"
 SECRET_PREFIX = "infemeral-secret:"
 MAX_KEY_FILE = 256
+BLANKS = " \t\r\n"
 
 
 def _decode(text: str) -> bytes | None:
@@ -40,7 +41,7 @@ def load_secret_key(path: str) -> bytes:
         if not stat.S_ISREG(info.st_mode):
             raise LoadError(f"{path} is not a key file")
         data = file.read(MAX_KEY_FILE)
-    text = data.decode("latin-1").strip(" \t\r\n")
+    text = data.decode("latin-1").strip(BLANKS)
     if text.startswith(PUBLIC_PREFIX):
         raise LoadError(f"{path} holds a public key; give the secret key file beside it")
     if info.st_mode & 0o077:
@@ -54,7 +55,7 @@ def load_secret_key(path: str) -> bytes:
 
 def parse_public_key(text: str) -> bytes:
     """LoadError otherwise, which never repeats the text: it may be a secret key."""
-    text = text.strip(" \t\r\n")
+    text = text.strip(BLANKS)
     if text.startswith(SECRET_PREFIX):
         raise LoadError("this is a secret key; give the public one, from the file that ends in "
                         ".pub")
@@ -89,9 +90,10 @@ def allowed_clients(values: list[str]) -> list[bytes]:
     """Of --allow: public keys, or files of them."""
     keys = []
     for value in values:
-        try:
+        # A key with a mistake in it is no file's name: a secret one would stand in the message.
+        if value.strip(BLANKS).startswith((PUBLIC_PREFIX, SECRET_PREFIX)):
             keys.append(parse_public_key(value))
-        except LoadError:
+        else:
             keys += load_public_keys(value)
     return keys
 
