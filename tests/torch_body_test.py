@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What of a step's result tools/serve_torch brings from the device to the host: the rows that are
-wanted, the same ones as if all were, and nothing where nobody reads them. On a GPU also that the
-graphs give what the layers give without them.
+wanted, the same ones as if all were, and nothing where nobody reads them. That the graphs give what
+the layers give without them; on a CPU, where there are none, their steps are computed instead of
+replayed. And that what is not finite stays with those who sent it.
 
 The layers are transformers', with random weights. A case prints `skipped:` where PyTorch is not
 installed.
@@ -10,18 +11,19 @@ installed.
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from serve_torch.body import (WANTED_ALL, WANTED_LAST, WANTED_NONE, BodyInfo,  # noqa: E402
-                              BodyStep)
+from serve_torch.body import (INVALID_ARGUMENT, WANTED_ALL, WANTED_LAST,  # noqa: E402
+                              WANTED_NONE, BodyInfo, BodyStep)
 
 NONE, LAST, ALL = WANTED_NONE, WANTED_LAST, WANTED_ALL
 HIDDEN, CONTEXT, MAX_BATCH = 32, 256, 4
 
 
-def make_body(decode, device, seed):
+def make_body(decode, device, seed, dtype="float32"):
     import torch
     import transformers
     from serve_torch import parallel
@@ -50,11 +52,32 @@ def make_body(decode, device, seed):
         hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=4, max_position_embeddings=CONTEXT)
     config._attn_implementation = ATTENTION
-    model = transformers.AutoModel.from_config(config).to(device)
+    model = transformers.AutoModel.from_config(config).to(device, getattr(torch, dtype))
     pages = 0 if device == "cpu" else 4 * MAX_BATCH * -(-CONTEXT // PAGE) + 1
-    ranks = Watched(TorchModel(model, ModelOptions(decode, MAX_BATCH, CONTEXT, pages,
-                                                   lambda level, message: None)))
+    torch_model = TorchModel(model, ModelOptions(decode, MAX_BATCH, CONTEXT, pages,
+                                                 lambda level, message: None))
+    if decode == "graph" and device == "cpu":
+        add_graphs(torch_model)
+    ranks = Watched(torch_model)
     return TorchBody(BodyInfo("random", HIDDEN, CONTEXT, 1), ranks, pages, MAX_BATCH), ranks
+
+
+def add_graphs(model):
+    """Those of a GPU, with the step computed where they would be replayed."""
+    import torch
+    from serve_torch.torch_model import StepGraph
+
+    class ComputedGraph(StepGraph):
+        @torch.no_grad()
+        def start(self):
+            self._device.copy_(self._host)
+            self.out = self.forward()
+            self._result.copy_(self.out[:, -1:])
+
+    torch.cuda.current_stream = lambda: SimpleNamespace(synchronize=lambda: None)
+    model._graphs = {(batch, width): ComputedGraph(model, batch, 1, width)
+                     for batch in model._batches for width in model._tables}
+    model._prompt_graphs = {(rows, 4): ComputedGraph(model, 1, rows, 4) for rows in (32, 128)}
 
 
 def run(body, steps):
@@ -118,6 +141,65 @@ def check(decode, device, seed):
     return np.concatenate(whole)
 
 
+def check_what_is_not_finite(decode, device, seed):
+    """A client's rows may overflow in the layers. What they leave in the cache, in pages of the
+    session and in page 0, is nothing to other sessions, nor to this one once they are cut off."""
+    random = np.random.default_rng(seed)
+    body, ranks = make_body(decode, device, seed, "float16")
+
+    def rows(n):
+        return random.standard_normal((n, HIDDEN)).astype(np.float32)
+
+    def step(session, start, states, wanted=ALL):
+        ran = BodyStep(session, start, states, wanted)
+        body.run([ran])
+        return ran
+
+    session = body.new_session()
+    step(session, 0, rows(3))
+    for bad in (65520, -1e30):
+        for n in (1, 3):
+            states = rows(n)
+            states[-1, 5] = bad
+            refused = step(session, 3, states)
+            assert refused.error.code == INVALID_ARGUMENT and refused.out is None
+            assert session.kv_len == 3
+    states[-1, 5] = 65519  # the next smaller ones are 65504
+    assert step(session, 3, states).error is None
+
+    # Nor do rows stay where a graph takes them from.
+    for graph in ranks._model._prompt_graphs.values():
+        for n in (30, 3, 7):
+            step(session, 0, rows(n))
+        assert not graph._states[0, :-7].any()
+
+    # In place of an overflow between the layers, which random weights do not give.
+    body._overflow = float("inf")
+    prompt, other = rows(40), rows(9)
+    for n in (1, 40):
+        [[kept], [others]] = run(body, [[(prompt, ALL)], [(other, ALL)]])
+        session = body.new_session()
+        step(session, 0, prompt[:20])
+        # Of a prompt's rows the first, which those behind it and those that fill up a graph see.
+        poison = rows(n)
+        poison[0] = 1e30
+        assert not np.isfinite(step(session, 0, poison).out).any()
+        assert np.array_equal(run(body, [[(other, ALL)]])[0][0], others)
+        [[first]] = run(body, [[(prompt[:1], ALL)]])
+        assert np.array_equal(step(session, 0, prompt[:1]).out, first)
+        assert np.isfinite(step(session, 1, prompt[1:]).out).all()
+        assert np.array_equal(step(session, 0, prompt).out, kept)
+        # Single rows together, of sessions with more pages and fewer.
+        long = body.new_session()
+        step(long, 0, rows(70))
+        pair = [BodyStep(session, 40, other[:1], ALL), BodyStep(long, 70, other[:1], ALL)]
+        body.run(pair)
+        assert all(np.isfinite(one.out).all() for one in pair)
+        body.release(session)
+        body.release(long)
+    body.close()
+
+
 def main():
     try:
         import torch
@@ -127,7 +209,7 @@ def main():
         return
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else int.from_bytes(os.urandom(4), "big")
     print(f"seed {seed}", flush=True)
-    cases = [("eager", "cpu")]
+    cases = [("eager", "cpu"), ("graph", "cpu")]
     if torch.cuda.is_available():
         cases += [("eager", "cuda"), ("graph", "cuda")]
     first = None
@@ -136,6 +218,7 @@ def main():
         first = rows if first is None else first
         error = np.linalg.norm(rows - first, axis=1) / np.linalg.norm(first, axis=1)
         assert error.max() < 1e-4, (decode, device, error)
+        check_what_is_not_finite(decode, device, seed)
         print(f"ok {decode} on {device}", flush=True)
 
 

@@ -68,6 +68,10 @@ class RankZero:
         return self._model.run(states, positions, slots, table, back)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    @property
     def decodes(self) -> bool:
         """Whether single rows may go the short way."""
         return self._alone and self._model.has_graphs

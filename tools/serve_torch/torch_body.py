@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from . import parallel
-from .body import (RESOURCE_EXHAUSTED, WANTED_ALL, WANTED_NONE, Body, BodyInfo, BodyStep,
+from .body import (INVALID_ARGUMENT, RESOURCE_EXHAUSTED, WANTED_ALL, WANTED_NONE, Body, BodyInfo, BodyStep,
                    LoadError, StepError, check_positions, read_manifest)
 from .torch_model import ATTENTION, PAGE, ModelOptions, TorchModel
 
@@ -18,6 +18,12 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Of a GPU's memory that is free once the weights are there: for the KV cache; the rest is for the
 # activations of a long step and for the graphs.
 CACHE_SHARE = 0.8
+
+
+def overflow_of(dtype: torch.dtype) -> float:
+    """The smallest number that becomes infinite in it: half a step beyond its largest one."""
+    info = torch.finfo(dtype)
+    return info.max / (2 - info.eps) * (2 - info.eps / 2)
 
 
 class Session:
@@ -32,6 +38,7 @@ class TorchBody(Body):
         self.info = info
         self._ranks = ranks
         self._max_batch = max_batch
+        self._overflow = overflow_of(ranks.dtype)
         self._grows = pages == 0
         self._n_pages = max(pages, 1)
         self._free = list(range(self._n_pages - 1, 0, -1))  # page 0 belongs to nobody
@@ -73,6 +80,9 @@ class TorchBody(Body):
         session = step.session
         try:
             check_positions(step, session.kv_len, self.info.max_context)
+            if np.abs(step.states).max() >= self._overflow:
+                raise StepError(INVALID_ARGUMENT, "the step holds a value that is not finite in the "
+                                                  "body's number format")
             missing = -(-(step.start_pos + len(step.states)) // PAGE) - len(session.pages)
             if self._grows and missing > len(self._free):
                 grown = self._n_pages + missing

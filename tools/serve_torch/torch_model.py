@@ -58,13 +58,16 @@ def paged_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     b, heads, t, d = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
+    # Behind the last row are rows that were cut off, and page 0, where anybody's rows end up that only
+    # fill up a batch. A bias does not hide what is not finite there: NaN - inf and 0 * NaN are NaN.
+    unseen = (bias[:, 0, -1] < 0).view(b, -1, 1, 1)
     caches = []
     for pages, new in ((key_pages, key), (value_pages, value)):
         rows = new.transpose(1, 2).reshape(b * t, kv_heads, d)
         pages.view(-1, kv_heads, d).index_copy_(0, slots.view(-1), rows)
         # [B, P * PAGE, kv_heads, D] as [B, kv_heads, P * PAGE, D]
         cached = pages.index_select(0, table.view(-1)).view(b, -1, kv_heads, d)
-        caches.append(cached.transpose(1, 2))
+        caches.append(cached.masked_fill_(unseen, 0).transpose(1, 2))
     # Query heads that share a key head are more rows of it: keys are neither repeated nor read
     # more than once.
     rows = query.reshape(b, kv_heads, group * t, d)
@@ -381,7 +384,7 @@ class StepGraph:
         self.out = None  # [batch, rows, H], on the device
         self._result = torch.empty((batch, 1, model.hidden_size), pin_memory=pinned)
         self._last_rows = self._result.numpy()
-        self._used = 0  # sessions of the last replay
+        self._used = 0  # sessions of the last replay, or rows of the last run
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
@@ -431,8 +434,11 @@ class StepGraph:
             back: int) -> np.ndarray:
         """TorchModel.run() of rows of one session. The last ones are theirs: where they end does
         not depend on their number."""
-        filled, pages = self._rows - states.shape[1], table.shape[1]
-        self._states[:, filled:] = states  # in front of them are an earlier step's
+        rows, pages = states.shape[1], table.shape[1]
+        filled = self._rows - rows
+        self._states[:, filled:] = states
+        self._states[:, self._rows - max(self._used, rows):filled] = 0  # an earlier step's
+        self._used = rows
         for part, values in ((self._positions, positions), (self._slots, slots)):
             part[:, :filled] = 0
             part[:, filled:] = values
