@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from serve_torch.body import (RESOURCE_EXHAUSTED, WANTED_ALL, WANTED_NONE, Body,  # noqa: E402
-                              BodyInfo, StepError, check_positions, read_manifest)
+                              BodyInfo, BodyLost, StepError, check_positions, read_manifest)
 from serve_torch.cli import main  # noqa: E402
 
 HIDDEN, CONTEXT = 64, 4096  # make_tiny_model's, and enough
@@ -27,12 +27,13 @@ class Cache:
 
 
 class SumBody(Body):
-    """A first number of 7 in a step asks for a failure, 8 waits while there is a file `hold`; there
-    is room for 3 sessions."""
+    """A first number of 7 in a step asks for a failure, 6 for the body's end, 5 for its end when the
+    session is released; 8 waits while there is a file `hold`. There is room for 3 sessions."""
 
     def __init__(self, options, log):
         self.info = BodyInfo("sums", HIDDEN, CONTEXT, 1, *read_manifest(Path(options.model)))
         self.open = 0
+        self.front = bool(options.front)
         self.log = log
         self.hold = Path(options.identity).with_name("hold")
 
@@ -44,13 +45,17 @@ class SumBody(Body):
 
     def release(self, session):
         self.open -= 1
+        if 5 in session.held[:, 0]:
+            raise RuntimeError("no such luck")
 
     def run(self, steps):
-        assert threading.current_thread() is threading.main_thread()
+        assert (threading.current_thread() is threading.main_thread()) == self.front
         self.log("info", f"rows {[len(step.states) for step in steps]}")
         for step in steps:
             if step.states[0, 0] == 7:
                 raise RuntimeError("no such luck")
+            if step.states[0, 0] == 6:
+                raise BodyLost("no luck ever again")
             while step.states[0, 0] == 8 and self.hold.exists():
                 time.sleep(0.01)
             try:
@@ -69,7 +74,7 @@ class SumBody(Body):
 
 def load(options, console):
     # With --front neither is needed.
-    assert "grpc" not in sys.modules and "cryptography" not in sys.modules
+    assert not options.front or not {"grpc", "cryptography"} & set(sys.modules)
     return SumBody(options, console.log)
 
 

@@ -155,6 +155,29 @@ def case_sessions_that_the_body_has_no_room_for(fixture, server):
     client.close()
 
 
+def case_the_body_is_lost(fixture, _):
+    """In a run, and when a session is released: all are answered, and the server ends."""
+    for program in (None, ALONE):
+        for first in (6, 5):
+            with fixture.server(program=program) as own:
+                client, idle = fixture.client(own), fixture.client(own)
+                idle.step(idle.open().session, 0, rows(1))
+                session = client.open().session
+                client.send(client.step_frame(session, 0, rows(1, first=first)))
+                if first == 5:
+                    client.receive()
+                    client.send(client.frame(close={"session": session}))
+                else:
+                    with contextlib.suppress(Ended):
+                        assert client.receive().error.code == INTERNAL
+                ends(client)
+                ends(idle)
+                assert own.process.wait(timeout=20) == 3
+                text = own.log.read_text()
+                assert "luck" in text and "Traceback" not in text, text
+                assert text.endswith("info: the body is closed\n"), text
+
+
 def case_the_worker_is_killed(fixture, _):
     with fixture.server() as own, held(fixture):
         child = child_of(own)

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from serve_torch.body import (INVALID_ARGUMENT, WANTED_ALL, WANTED_LAST,  # noqa: E402
-                              WANTED_NONE, BodyInfo, BodyStep)
+                              WANTED_NONE, BodyInfo, BodyLost, BodyStep)
 
 NONE, LAST, ALL = WANTED_NONE, WANTED_LAST, WANTED_ALL
 HIDDEN, CONTEXT, MAX_BATCH = 32, 256, 4
@@ -200,6 +200,25 @@ def check_what_is_not_finite(decode, device, seed):
     body.close()
 
 
+def check_failures(seed):
+    """A run that fails fails its steps, but after a fault of the device nothing else can be run."""
+    body, ranks = make_body("eager", "cpu", seed)
+    rows = np.ones((2, HIDDEN), np.float32)
+
+    def fail(*_):
+        raise RuntimeError("an illegal memory access")
+
+    ranks._model.run = fail
+    for works, kind in ((True, RuntimeError), (False, BodyLost)):
+        ranks._model.device_works = lambda works=works: works
+        try:
+            body.run([BodyStep(body.new_session(), 0, rows, ALL)])
+            raise AssertionError("no failure")
+        except (RuntimeError, BodyLost) as error:
+            assert type(error) is kind and "illegal" in str(error), error
+    print("ok failures", flush=True)
+
+
 def main():
     try:
         import torch
@@ -220,6 +239,7 @@ def main():
         assert error.max() < 1e-4, (decode, device, error)
         check_what_is_not_finite(decode, device, seed)
         print(f"ok {decode} on {device}", flush=True)
+    check_failures(seed)
 
 
 if __name__ == "__main__":

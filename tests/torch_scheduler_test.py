@@ -16,8 +16,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from serve_torch.body import (INTERNAL, INVALID_ARGUMENT, RESOURCE_EXHAUSTED,  # noqa: E402
-                              WANTED_ALL, WANTED_LAST, WANTED_NONE, Body, BodyInfo, BodyStep,
-                              StepError, check_positions)
+                              WANTED_ALL, WANTED_LAST, WANTED_NONE, Body, BodyInfo, BodyLost,
+                              BodyStep, StepError, check_positions)
 from serve_torch.scheduler import Scheduler, ServedSession, StepJob  # noqa: E402
 
 NONE, LAST, ALL = WANTED_NONE, WANTED_LAST, WANTED_ALL
@@ -40,13 +40,14 @@ class SumBody(Body):
         self.info = BodyInfo("sums", HIDDEN, CONTEXT, 1)
         self.runs = []                        # of each its steps: (cache, start_pos, rows, wanted)
         self.busy, self.go = threading.Event(), threading.Event()
-        self.full, self.broken = set(), False  # caches without room; whether a run raises
+        self.full, self.broken = set(), None  # caches without room; what a run raises
 
     def new_session(self):
         return Cache()
 
     def release(self, session):
-        pass
+        if session in self.full:
+            raise RuntimeError("as asked")
 
     def run(self, steps):
         self.busy.set()
@@ -55,7 +56,7 @@ class SumBody(Body):
         assert len(set(caches)) == len(caches), "two steps of one session"
         self.runs.append([(s.session, s.start_pos, len(s.states), s.wanted) for s in steps])
         if self.broken:
-            raise RuntimeError("as asked")
+            raise self.broken
         for step in steps:
             run_alone(step, step.session in self.full)
 
@@ -81,11 +82,11 @@ class Case:
     def __init__(self, random, max_rows=512):
         self.random = random
         self.loop = asyncio.new_event_loop()
-        self.body, self.log, self.done = SumBody(), [], []
+        self.body, self.log, self.done, self.lost = SumBody(), [], [], []
         self.abandoned = set()
         self.scheduler = Scheduler(self.body, self.loop,
                                    lambda level, message: self.log.append((level, message)),
-                                   max_rows)
+                                   max_rows, on_lost=lambda: self.lost.append(len(self.done)))
         self.jobs = []
         self.step(self.session(), 0, 1)
         assert self.body.busy.wait(PATIENCE)
@@ -218,21 +219,37 @@ def case_an_abandoned_step_ends_what_runs_together(random):
 
 
 def case_an_error_reaches_all(random):
-    for broken in (False, True):
+    for broken in (None, RuntimeError("as asked"), BodyLost("as asked")):
         case = Case(random)
         a, b = case.session(), case.session()
         case.body.full, case.body.broken = {a.body}, broken
         steps = [case.step(a, 0, 8), case.step(a, 8, 8), case.step(a, 16, 8, LAST)]
         other = case.step(b, 0, 2, LAST)
-        assert case.run() == [[(a.body, 0, 24, LAST), (b.body, 0, 2, LAST)]]
+        lost = isinstance(broken, BodyLost)  # in the run that the others waited for
+        assert case.run() == ([] if lost else [[(a.body, 0, 24, LAST), (b.body, 0, 2, LAST)]])
         code = INTERNAL if broken else RESOURCE_EXHAUSTED
         for job in steps:
             assert job.step.error.code == code and job.step.out is None
         if broken:
             assert other.step.error.code == INTERNAL and other.step.out is None
             assert all(level == "error" and "as asked" in text for level, text in case.log)
+            assert len(case.lost) == lost and len(case.log) == (1 if lost else 2)
         else:
             assert other.step.error is None and len(other.step.out) == 1 and not case.log
+
+
+def case_a_release_that_fails_ends_what_is_run(random):
+    case = Case(random)
+    a, b = case.session(), case.session()
+    case.body.full = {a.body}
+    case.scheduler.release(a.body)
+    waiting = [case.step(b, 0, 8, LAST), case.step(b, 8, 8, LAST)]
+    case.scheduler.release(a.body)  # nothing is released any more
+    assert case.run() == []
+    for job in waiting:
+        assert job.step.error.code == INTERNAL and "as asked" not in job.step.error.message
+    assert len(case.lost) == 1
+    assert case.log == [("error", "the body failed: RuntimeError: as asked")]
 
 
 def case_random_steps_are_answered_as_if_alone(random):

@@ -20,6 +20,7 @@ FAILED_PRECONDITION = 9
 INTERNAL = 13
 
 WANTED_NONE, WANTED_LAST, WANTED_ALL = 0, 1, 2
+EXIT_SERVER = 3  # of the program, after a failure that is not its user's
 
 
 class StepError(Exception):
@@ -29,6 +30,10 @@ class StepError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
+
+
+class BodyLost(Exception):
+    """The body can run nothing any more: the server ends. One sentence for the log."""
 
 
 class LoadError(Exception):
@@ -57,7 +62,8 @@ class BodyStep:
 
 
 class Body(ABC):
-    """run() and release() are called on one thread, new_session() perhaps on another."""
+    """run() and release() are called on one thread, new_session() perhaps on another. A release()
+    that raises leaves a body that is not used again, a run() only if that is BodyLost."""
 
     info: BodyInfo
 
@@ -80,7 +86,8 @@ class Body(ABC):
 def body_failed(error: Exception, log: Callable[[str, str], None]) -> StepError:
     """For the steps of a run() that raised, a fault of ours or of the device: they learn no
     details."""
-    log("error", f"the body failed: {type(error).__name__}: {error}")
+    kind = "" if isinstance(error, BodyLost) else f"{type(error).__name__}: "
+    log("error", f"the body failed: {kind}{error}")
     return StepError(INTERNAL, "the body failed; the server's log says why")
 
 

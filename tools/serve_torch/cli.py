@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import front
-from .body import Body, LoadError
+from .body import EXIT_SERVER, Body, LoadError
 from .identity import allowed_clients, format_public_key, load_secret_key
 from .signals import EarlySignals, write_line
 
@@ -175,7 +175,14 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
     sys.setswitchinterval(0.0005)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    scheduler = Scheduler(body, loop, console.log, MAX_ROWS_PER_STEP)
+    code = EXIT_OK
+
+    def on_lost() -> None:
+        nonlocal code
+        code = EXIT_SERVER
+        stop.set()
+
+    scheduler = Scheduler(body, loop, console.log, MAX_ROWS_PER_STEP, on_lost)
     shared = ServerState(
         body=body, secret_key=secret_key, allow=allow, ciphers=available_ciphers(),
         admission=Admission(options.max_sessions, sessions_per_client(allow),
@@ -216,7 +223,7 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
     await stop.wait()
     console.log("info", "shutting down")
     await server.shutdown(SHUTDOWN_GRACE_S)
-    return EXIT_OK
+    return code
 
 
 def main(arguments: list[str] | None = None,

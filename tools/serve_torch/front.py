@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .body import Body, BodyInfo, BodyStep, LoadError, StepError, body_failed
+from .body import (EXIT_SERVER, Body, BodyInfo, BodyLost, BodyStep, LoadError, StepError,
+                   body_failed)
 
 MAGIC, VERSION = 0x57464e49, 2
 HELLO = struct.Struct("=IIIIQ32s32sII")
@@ -29,7 +30,6 @@ STEP = np.dtype([("session", "u8"), ("start_pos", "u4"), ("rows", "u4"), ("wante
                  ("unused", "u4")])
 RESULT = np.dtype([("code", "u4"), ("kv_len", "u4"), ("message", "S248")])
 MAX_TEXT_BYTES = 512
-EXIT_SERVER = 3
 AWAKE_SECONDS = 0.002
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -107,6 +107,8 @@ class Worker:
         ready = [step for step in steps if step.error is None]
         try:
             self._body.run(ready)
+        except BodyLost:
+            raise
         except Exception as error:
             failed = body_failed(error, self._log)
             for step in ready:

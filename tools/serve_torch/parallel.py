@@ -71,6 +71,9 @@ class RankZero:
     def dtype(self) -> torch.dtype:
         return self._model.dtype
 
+    def device_works(self) -> bool:
+        return self._model.device_works()
+
     @property
     def decodes(self) -> bool:
         """Whether single rows may go the short way."""

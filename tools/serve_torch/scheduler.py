@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .body import WANTED_NONE, Body, BodyStep, body_failed
+from .body import WANTED_NONE, Body, BodyLost, BodyStep, StepError, body_failed
 
 
 @dataclass(eq=False)
@@ -81,10 +81,12 @@ class Scheduler:
     loop: asyncio.AbstractEventLoop
     log: Callable[[str, str], None]
     max_rows: int  # of a step to the body
+    on_lost: Callable[[], None]  # on the event loop: no step is run any more, all of them fail
     _waiting: dict[ServedSession, deque[StepJob]] = field(default_factory=dict)
     _released: list = field(default_factory=list)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _stop: bool = False
+    _lost: StepError | None = None
 
     def __post_init__(self):
         self._thread = threading.Thread(target=self._run, name="body")
@@ -136,8 +138,7 @@ class Scheduler:
                 if self._stop:
                     return
                 released, self._released = self._released, []
-            for session in released:
-                self.body.release(session)
+            self._release_body(released)
             with self._changed:
                 chains, dropped = self._take_batch()
             if chains:
@@ -146,15 +147,31 @@ class Scheduler:
             if done:
                 self.loop.call_soon_threadsafe(self._deliver, done)
 
+    def _release_body(self, sessions: list) -> None:
+        try:
+            for session in sessions if self._lost is None else ():
+                self.body.release(session)
+        except Exception as error:
+            self._lose(body_failed(error, self.log))
+
+    def _lose(self, failed: StepError) -> None:
+        self._lost = failed
+        self.loop.call_soon_threadsafe(self.on_lost)
+
     def _run_body(self, chains: list[Chain]) -> None:
         start = time.perf_counter()
+        failed = self._lost
         try:
-            steps = [chain.body_step() for chain in chains]
-            self.body.run(steps)
-            for chain, step in zip(chains, steps):
-                chain.share(step)
+            if failed is None:
+                steps = [chain.body_step() for chain in chains]
+                self.body.run(steps)
+                for chain, step in zip(chains, steps):
+                    chain.share(step)
         except Exception as error:
             failed = body_failed(error, self.log)
+            if isinstance(error, BodyLost):
+                self._lose(failed)
+        if failed is not None:
             for job in (job for chain in chains for job in chain.jobs):
                 job.step.out = None
                 job.step.error = failed

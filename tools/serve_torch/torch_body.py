@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from . import parallel
-from .body import (INVALID_ARGUMENT, RESOURCE_EXHAUSTED, WANTED_ALL, WANTED_NONE, Body, BodyInfo, BodyStep,
-                   LoadError, StepError, check_positions, read_manifest)
+from .body import (INVALID_ARGUMENT, RESOURCE_EXHAUSTED, WANTED_ALL, WANTED_NONE, Body, BodyInfo, BodyLost,
+                   BodyStep, LoadError, StepError, check_positions, read_manifest)
 from .torch_model import ATTENTION, PAGE, ModelOptions, TorchModel
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -70,6 +70,10 @@ class TorchBody(Body):
                                            "left for this step; try again later, or with a "
                                            "shorter prompt")
                 continue
+            except Exception as error:
+                if not self._ranks.device_works():
+                    raise BodyLost(f"the device can be used no more: {error}") from error
+                raise
             for step, out in zip(group, rows):
                 step.session.kv_len = step.start_pos + len(step.states)
                 step.out = (out if step.wanted == WANTED_ALL else

@@ -210,6 +210,15 @@ class TorchModel:
             attention.key_pages.index_fill_(0, pages, 0)
             attention.value_pages.index_fill_(0, pages, 0)
 
+    def device_works(self) -> bool:
+        """After a kernel's fault every call fails until the process ends."""
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return True
+        except RuntimeError:
+            return False
+
     # ---- a step ----
 
     @torch.no_grad()
