@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import os
 import signal
+import subprocess
 import sys
 import traceback
 import urllib.request
@@ -176,6 +177,22 @@ def case_the_body_is_lost(fixture, _):
                 text = own.log.read_text()
                 assert "luck" in text and "Traceback" not in text, text
                 assert text.endswith("info: the body is closed\n"), text
+
+
+def case_an_exception_ends_the_process(fixture, _):
+    code = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import front_server\n"
+            "async def start(*_): raise RuntimeError('no luck at the start')\n"
+            "load = front_server.load\n"
+            "def patch(*given):\n"
+            "    from serve_torch.server import BodyServer\n"
+            "    BodyServer.start = start\n"
+            "    return load(*given)\n"
+            "sys.exit(front_server.main(load=patch))")
+    program = [sys.executable, "-B", "-c", code, TESTS]
+    result = subprocess.run(fixture.command(program=program), capture_output=True, text=True,
+                            timeout=60)
+    assert result.returncode == 1 and "no luck at the start" in result.stderr, result
+    assert "the body is closed" in result.stderr, result
 
 
 def case_the_worker_is_killed(fixture, _):

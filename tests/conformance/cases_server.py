@@ -188,6 +188,19 @@ def case_mistakes_on_the_command_line(fixture, server):
     fails("chmod 600", *with_value("--identity", open_key))
 
 
+def case_standard_output_that_takes_nothing(fixture, server):
+    log = fixture.folder / "full.log"
+    with open("/dev/full", "wb") as full, open(log, "wb") as errors:
+        process = subprocess.Popen(fixture.command(), stdout=full, stderr=errors)
+    try:
+        assert soon(lambda: "info: serving" in log.read_text(), 60), log.read_text()
+        process.terminate()
+        assert process.wait(timeout=60) == 0 and "Traceback" not in log.read_text(), log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
 def knows(fixture, server, name):
     try:
         client = fixture.client(server, name)

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import os
 import resource
@@ -182,13 +183,6 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
         code = EXIT_SERVER
         stop.set()
 
-    scheduler = Scheduler(body, loop, console.log, MAX_ROWS_PER_STEP, on_lost)
-    shared = ServerState(
-        body=body, secret_key=secret_key, allow=allow, ciphers=available_ciphers(),
-        admission=Admission(options.max_sessions, sessions_per_client(allow),
-                            positions if options.max_kv_mib > 0 else None),
-        scheduler=scheduler, log=console.log, max_rows=MAX_ROWS_PER_STEP, **state)
-
     def on_signal(number: int) -> None:
         if stop.is_set():  # the second one does not wait
             os._exit(128 + number)
@@ -204,26 +198,41 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
         shared.admission.max_sessions_per_client = sessions_per_client(clients)
         console.log("info", f"read the allow list again; clients: {len(clients)}")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal, number)
-    loop.add_signal_handler(signal.SIGHUP, read_allow_list)
-    if early.hangup:
-        read_allow_list()
-    server = BodyServer(shared)
-    try:
-        port = await server.start(options.listen, credentials)
-    except ListenError as error:
-        scheduler.close()
-        raise LoadError(str(error)) from None
-    # One line on stdout, so that a script can wait for it and learn the port.
-    host = options.listen.rsplit(":", 1)[0]
-    print(f"listening on {host}:{port}, public key {format_public_key(public_key_of(secret_key))}",
-          flush=True)
-    console.log("info", f"serving {info.description}")
-    await stop.wait()
-    console.log("info", "shutting down")
-    await server.shutdown(SHUTDOWN_GRACE_S)
+    # Its thread keeps the process alive: it ends however this does.
+    with contextlib.closing(Scheduler(body, loop, console.log, MAX_ROWS_PER_STEP,
+                                      on_lost)) as scheduler:
+        shared = ServerState(
+            body=body, secret_key=secret_key, allow=allow, ciphers=available_ciphers(),
+            admission=Admission(options.max_sessions, sessions_per_client(allow),
+                                positions if options.max_kv_mib > 0 else None),
+            scheduler=scheduler, log=console.log, max_rows=MAX_ROWS_PER_STEP, **state)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, read_allow_list)
+        if early.hangup:
+            read_allow_list()
+        server = BodyServer(shared)
+        try:
+            port = await server.start(options.listen, credentials)
+        except ListenError as error:
+            raise LoadError(str(error)) from None
+        # One line on stdout, so that a script can wait for it and learn the port.
+        host = options.listen.rsplit(":", 1)[0]
+        key = format_public_key(public_key_of(secret_key))
+        write_stdout(f"listening on {host}:{port}, public key {key}\n")
+        console.log("info", f"serving {info.description}")
+        await stop.wait()
+        console.log("info", "shutting down")
+        await server.shutdown(SHUTDOWN_GRACE_S)
     return code
+
+
+def write_stdout(text: str) -> None:
+    """As engine_serve, which serves also where nobody takes it. Past Python's buffers, which would be
+    written once more at the end."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):
+            os.write(sys.stdout.fileno(), text.encode())
 
 
 def main(arguments: list[str] | None = None,
