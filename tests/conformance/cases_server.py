@@ -340,3 +340,36 @@ def case_the_end(fixture, server):
         client.close()
         assert ending.process.wait(timeout=60) == 0
         assert ending.process.stdout.read() == ""
+
+
+def case_health_while_the_server_ends(fixture, server):
+    """Answers that are owed hold the end up, those who watch the server's health do not."""
+    serving, ends = (health_pb2.HealthCheckResponse.SERVING,
+                     health_pb2.HealthCheckResponse.NOT_SERVING)
+    asked = health_pb2.HealthCheckRequest()
+    with fixture.server() as ending, grpc.insecure_channel(ending.address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        watch = health.Watch(asked, timeout=60)
+        assert next(watch).status == serving
+        # A window that does not grow: it takes one of these answers, the others wait until this reads.
+        client = fixture.client(ending, options=[("grpc.http2.bdp_probe", 0)])
+        session = client.open().session
+        for _ in range(12):
+            client.send(client.step_frame(session, 0, fixture.rows(fixture.max_context)))
+        client.receive()
+        ending.process.terminate()
+        start = time.monotonic()
+        assert next(watch).status == ends
+        time.sleep(0.5)
+        assert health.Check(asked, timeout=20).status == ends
+        answers = 0
+        try:
+            while True:
+                assert client.receive().WhichOneof("kind") == "output"
+                answers += 1
+        except Ended as end:
+            assert end.code == grpc.StatusCode.UNAVAILABLE, end
+        assert answers > 2, answers
+        client.close()
+        assert ending.process.wait(timeout=60) == 0
+        assert time.monotonic() - start < 8  # of the 10 seconds that owed answers have

@@ -90,9 +90,9 @@ def new_key_file(tools, path):
 
 
 class Stream:
-    def __init__(self, address):
+    def __init__(self, address, options=()):
         self.channel = grpc.insecure_channel(
-            address, options=[("grpc.use_local_subchannel_pool", 1)])
+            address, options=[("grpc.use_local_subchannel_pool", 1), *options])
         self._outgoing = queue.Queue()
         # Bytes, so that a test can send what is no message.
         call = self.channel.stream_stream(METHOD)
@@ -135,8 +135,8 @@ class Stream:
 class Client(Stream):
     """After the handshake."""
 
-    def __init__(self, address, secret, server_public, body, cipher=2):
-        super().__init__(address)
+    def __init__(self, address, secret, server_public, body, cipher=2, options=()):
+        super().__init__(address, options)
         self.body = body  # (fingerprint, commitment, hidden size)
         self.hello = self.first_message(secret, server_public, cipher)
         self.write(self.hello)

@@ -1,6 +1,7 @@
 """gRPC around the connections (net/body_server.h): address, keepalive, health, reflection, end."""
 
 import asyncio
+import contextlib
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -42,13 +43,23 @@ class BodyServer:
         # Bytes, not messages: what does not parse is the connection's to judge.
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
             SERVICE, {"Session": grpc.stream_stream_rpc_method_handler(self._session)}),))
+        self._streams = 0  # whose status is not sent yet
+        self._idle = asyncio.Event()
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
 
     async def _session(self, _, context: grpc.aio.ServicerContext) -> None:
+        self._streams += 1
+        self._idle.clear()
+        context.add_done_callback(self._stream_done)
         await Connection(self._state, context).serve()
+
+    def _stream_done(self, _) -> None:
+        self._streams -= 1
+        if self._streams == 0:
+            self._idle.set()
 
     async def start(self, listen: str, credentials: grpc.ServerCredentials | None) -> int:
         """The port that it listens on; without credentials it speaks no TLS."""
@@ -77,5 +88,10 @@ class BodyServer:
         self._state.draining = True
         for connection in list(self._state.open):
             connection.drain()
-        await self._server.stop(grace)
+        # The port stays open meanwhile: a health check is told NOT_SERVING, a new client to go away.
+        if self._streams > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), grace)
+        # Those who watch the server's health are owed nothing.
+        await self._server.stop(None)
         await asyncio.get_running_loop().run_in_executor(None, self._state.scheduler.close)
