@@ -351,7 +351,7 @@ def case_health_while_the_server_ends(fixture, server):
         health = health_pb2_grpc.HealthStub(channel)
         watch = health.Watch(asked, timeout=60)
         assert next(watch).status == serving
-        # A window that does not grow: it takes one of these answers, the others wait until this reads.
+        # A window that does not grow: it takes one of these answers, the others wait.
         client = fixture.client(ending, options=[("grpc.http2.bdp_probe", 0)])
         session = client.open().session
         for _ in range(12):

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import front
-from .body import EXIT_SERVER, Body, LoadError
+from .body import EXIT_SERVER, Body, BodyLost, LoadError
 from .identity import allowed_clients, format_public_key, load_secret_key
 from .signals import EarlySignals, write_line
 
@@ -228,8 +228,8 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
 
 
 def write_stdout(text: str) -> None:
-    """As engine_serve, which serves also where nobody takes it. Past Python's buffers, which would be
-    written once more at the end."""
+    """As engine_serve, which serves also where nobody takes it. Past Python's buffers, which would
+    be written once more at the end."""
     if sys.stdout is not None:
         with contextlib.suppress(OSError):
             os.write(sys.stdout.fileno(), text.encode())
@@ -284,3 +284,6 @@ def main(arguments: list[str] | None = None,
     except LoadError as error:
         console.log("error", str(error))
         return EXIT_USAGE
+    except BodyLost as error:  # of body.close()
+        console.log("error", str(error))
+        return EXIT_SERVER

@@ -2,16 +2,22 @@
 
 Under torchrun each process holds its share of every layer. Rank 0 serves; before it computes, it
 sends the step to the others, who wait for nothing else.
+
+A rank that fails in the middle of a step leaves the others in a collective for ever. So it ends,
+and torchrun then ends them.
 """
 
+import contextlib
 import os
 import signal
+from collections.abc import Callable
 from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from .body import EXIT_SERVER, BodyLost
 from .torch_model import TorchModel
 
 STOP, RUN, WIPE = 0, 1, 2
@@ -52,6 +58,19 @@ class RankZero:
     def __init__(self, model: TorchModel):
         self._model = model
         self._alone = world_size() == 1
+        self._lost = False
+
+    @contextlib.contextmanager
+    def _together(self):
+        """Around what all ranks do."""
+        try:
+            yield
+        except Exception as error:
+            if self._alone:
+                raise
+            self._lost = True
+            raise BodyLost(f"rank 0 failed while the others wait for it: {type(error).__name__}: "
+                           f"{error}") from error
 
     def _send(self, kind: int, shape: tuple[int, ...], integers: np.ndarray) -> None:
         device = self._model.device
@@ -60,12 +79,13 @@ class RankZero:
             dist.broadcast(torch.from_numpy(integers).to(device), 0)
 
     def run(self, states, positions, slots, table, back: int) -> np.ndarray:
-        if not self._alone:
-            b, t, _ = states.shape
-            integers = np.concatenate([x.reshape(-1) for x in (positions, slots, table)])
-            self._send(RUN, (b, t), integers)
-            dist.broadcast(torch.from_numpy(states).to(self._model.device), 0)
-        return self._model.run(states, positions, slots, table, back)
+        with self._together():
+            if not self._alone:
+                b, t, _ = states.shape
+                integers = np.concatenate([x.reshape(-1) for x in (positions, slots, table)])
+                self._send(RUN, (b, t), integers)
+                dist.broadcast(torch.from_numpy(states).to(self._model.device), 0)
+            return self._model.run(states, positions, slots, table, back)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,18 +103,30 @@ class RankZero:
         return self._model.decode(rows, positions, tables, back)
 
     def wipe(self, pages: np.ndarray) -> None:
-        if not self._alone:
-            self._send(WIPE, (0, 0), pages)
-        self._model.wipe(pages)
+        with self._together():
+            if not self._alone:
+                self._send(WIPE, (0, 0), pages)
+            self._model.wipe(pages)
 
     def stop(self) -> None:
+        if self._lost:
+            os._exit(EXIT_SERVER)  # Python's own end waits for what the device still has to do
         if not self._alone:
-            self._send(STOP, (0, 0), np.empty(0, np.int64))
-            end(self._model)
+            with self._together():
+                self._send(STOP, (0, 0), np.empty(0, np.int64))
+                end(self._model)
 
 
-def follow(model: TorchModel) -> None:
+def follow(model: TorchModel, log: Callable[[str, str], None]) -> None:
     """The other ranks; returns when rank 0 stops."""
+    try:
+        _follow(model)
+    except Exception as error:
+        log("error", f"rank {rank()} failed: {type(error).__name__}: {error}")
+        os._exit(EXIT_SERVER)
+
+
+def _follow(model: TorchModel) -> None:
     # torchrun passes signals on to every rank: rank 0 still answers what is pending.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

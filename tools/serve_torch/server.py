@@ -88,7 +88,8 @@ class BodyServer:
         self._state.draining = True
         for connection in list(self._state.open):
             connection.drain()
-        # The port stays open meanwhile: a health check is told NOT_SERVING, a new client to go away.
+        # The port stays open meanwhile: a health check is told NOT_SERVING, a new client to go
+        # away.
         if self._streams > 0:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace)

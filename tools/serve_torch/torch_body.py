@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from . import parallel
-from .body import (INVALID_ARGUMENT, RESOURCE_EXHAUSTED, WANTED_ALL, WANTED_NONE, Body, BodyInfo, BodyLost,
-                   BodyStep, LoadError, StepError, check_positions, read_manifest)
+from .body import (INVALID_ARGUMENT, RESOURCE_EXHAUSTED, WANTED_ALL, WANTED_NONE, Body, BodyInfo,
+                   BodyLost, BodyStep, LoadError, StepError, check_positions, read_manifest)
 from .torch_model import ATTENTION, PAGE, ModelOptions, TorchModel
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -70,6 +70,8 @@ class TorchBody(Body):
                                            "left for this step; try again later, or with a "
                                            "shorter prompt")
                 continue
+            except BodyLost:
+                raise
             except Exception as error:
                 if not self._ranks.device_works():
                     raise BodyLost(f"the device can be used no more: {error}") from error
@@ -85,8 +87,8 @@ class TorchBody(Body):
         try:
             check_positions(step, session.kv_len, self.info.max_context)
             if np.abs(step.states).max() >= self._overflow:
-                raise StepError(INVALID_ARGUMENT, "the step holds a value that is not finite in the "
-                                                  "body's number format")
+                raise StepError(INVALID_ARGUMENT, "the step holds a value that is not finite in "
+                                                  "the body's number format")
             missing = -(-(step.start_pos + len(step.states)) // PAGE) - len(session.pages)
             if self._grows and missing > len(self._free):
                 grown = self._n_pages + missing
@@ -237,7 +239,7 @@ def load_body(folder: Path, options: argparse.Namespace,
         log("info", f"preparing graphs ({decode})")
     torch_model = TorchModel(model, ModelOptions(decode, options.max_batch, context, pages, log))
     if parallel.rank() != 0:
-        parallel.follow(torch_model)
+        parallel.follow(torch_model, log)
         return None
     dtype = next(name for name, value in DTYPES.items() if value == model.dtype)
     where = f"{world} x {device.type}" if world > 1 else device.type

@@ -58,8 +58,9 @@ def paged_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     b, heads, t, d = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
-    # Behind the last row are rows that were cut off, and page 0, where anybody's rows end up that only
-    # fill up a batch. A bias does not hide what is not finite there: NaN - inf and 0 * NaN are NaN.
+    # Behind the last row are rows that were cut off, and page 0, where anybody's rows end up that
+    # only fill up a batch. A bias does not hide what is not finite there: NaN - inf and 0 * NaN are
+    # NaN.
     unseen = (bias[:, 0, -1] < 0).view(b, -1, 1, 1)
     caches = []
     for pages, new in ((key_pages, key), (value_pages, value)):
