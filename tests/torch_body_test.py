@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 
@@ -219,6 +220,35 @@ def check_failures(seed):
     print("ok failures", flush=True)
 
 
+def check_cache_size():
+    """--max-kv-mib is of all ranks together."""
+    import torch
+    from serve_torch import torch_body
+    from serve_torch.body import LoadError
+
+    page_bytes, free = 1 << 20, 125 << 20  # of a page over all ranks; of each GPU
+
+    def pages(mib, world):
+        options = SimpleNamespace(max_kv_mib=mib, max_sessions=8)
+        with (patch("torch.cuda.mem_get_info", lambda device: (free, free)),
+              patch.multiple(torch_body.parallel, world_size=lambda: world,
+                             smallest=lambda value, device: value)):
+            return torch_body.cache_pages(options, 64 * 1000, page_bytes, torch.device("cuda"))
+
+    for world in (1, 2, 4):
+        room = 100 * world  # four fifths of what is free
+        assert pages(0, world) == room
+        for mib in (50, 90):  # and what whole pages cost 8 sessions
+            assert pages(mib, world) == mib + 9
+        assert pages(room, world) == room
+        try:
+            pages(room + 1, world)
+            raise AssertionError("not refused")
+        except LoadError as error:
+            assert str(error).endswith(f"room for {room} MiB"), error
+    print("ok size of the cache", flush=True)
+
+
 def main():
     try:
         import torch
@@ -240,6 +270,7 @@ def main():
         check_what_is_not_finite(decode, device, seed)
         print(f"ok {decode} on {device}", flush=True)
     check_failures(seed)
+    check_cache_size()
 
 
 if __name__ == "__main__":

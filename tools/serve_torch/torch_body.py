@@ -199,16 +199,18 @@ def context_of(config, asked: int, folder: Path) -> int:
 
 def cache_pages(options: argparse.Namespace, context: int, page_bytes: int,
                 device: torch.device) -> int:
+    """`page_bytes` over all ranks, as --max-kv-mib is; each has its share of every page."""
     if device.type != "cuda":
         return 0
     # A session rounds up to whole pages; page 0 is nobody's.
     most = options.max_sessions * -(-context // PAGE) + 1
-    free = int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0]) // page_bytes
+    room = parallel.world_size() * int(CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
+    free = room // page_bytes
     if options.max_kv_mib > 0:
         asked = (options.max_kv_mib << 20) // page_bytes + options.max_sessions + 1
         if asked > free + options.max_sessions + 1 and most > free:
-            raise LoadError(f"--max-kv-mib {options.max_kv_mib}: the GPU has room for "
-                            f"{free * page_bytes >> 20} MiB beside the weights")
+            raise LoadError(f"--max-kv-mib {options.max_kv_mib}: beside the weights there is room "
+                            f"for {free * page_bytes >> 20} MiB")
         most = min(most, asked)
     pages = parallel.smallest(min(most, free), device)
     if pages < 2:
@@ -234,7 +236,7 @@ def load_body(folder: Path, options: argparse.Namespace,
                         f"shared evenly by {world} ranks")
     kv_bytes = (2 * len(model.layers) * config.num_key_value_heads * head_dim
                 * model.dtype.itemsize)
-    pages = cache_pages(options, context, kv_bytes * PAGE // world, device)
+    pages = cache_pages(options, context, kv_bytes * PAGE, device)
     if decode != "eager":
         log("info", f"preparing graphs ({decode})")
     torch_model = TorchModel(model, ModelOptions(decode, options.max_batch, context, pages, log))
