@@ -11,6 +11,7 @@ installed.
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -249,6 +250,54 @@ def check_cache_size():
     print("ok size of the cache", flush=True)
 
 
+def check_what_does_not_fit(seed):
+    """Models that are too large, and more ranks than GPUs, are the user's to know of in a line."""
+    import torch
+    import transformers
+    from serve_torch import torch_body
+    from serve_torch.body import LoadError
+
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def capture(*_):
+        try:
+            no_room()
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def refused(word, call, *given):
+        try:
+            call(*given)
+            raise AssertionError("not refused")
+        except LoadError as error:
+            assert word in str(error), error
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options = SimpleNamespace(device="cpu", dtype="auto", decode="auto", threads=1, max_context=0,
+                              max_batch=MAX_BATCH)
+    with TemporaryDirectory() as folder:
+        folder = Path(folder)
+        make_body("eager", "cpu", seed)[1]._model.model.save_pretrained(folder)
+
+        def load():
+            torch_body.load_body(folder, options, lambda *_: None)
+
+        load()
+        with patch("torch.nn.Module.to", no_room):
+            refused("torchrun", load)
+        with patch("transformers.AutoModel.from_pretrained", no_room):
+            refused("torchrun", load)
+        for failure in (no_room, capture):
+            with patch("serve_torch.torch_body.TorchModel", failure):
+                refused("--max-kv-mib", load)
+    with (patch("torch.cuda.is_available", lambda: True),
+          patch("torch.cuda.device_count", lambda: 2), patch.dict(os.environ, LOCAL_RANK="2")):
+        refused("--nproc-per-node 2", torch_body.choose_device, "cuda")
+    print("ok what does not fit", flush=True)
+
+
 def main():
     try:
         import torch
@@ -271,6 +320,7 @@ def main():
         print(f"ok {decode} on {device}", flush=True)
     check_failures(seed)
     check_cache_size()
+    check_what_does_not_fit(seed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A body on PyTorch: sessions and their pages, and which rows run together."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import transformers
 from . import parallel
 from .body import (INVALID_ARGUMENT, RESOURCE_EXHAUSTED, WANTED_ALL, WANTED_NONE, Body, BodyInfo,
                    BodyLost, BodyStep, LoadError, StepError, check_positions, read_manifest)
-from .torch_model import ATTENTION, PAGE, ModelOptions, TorchModel
+from .torch_model import ATTENTION, PAGE, ModelOptions, TorchModel, out_of_memory
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 # Of a GPU's memory that is free once the weights are there: for the KV cache; the rest is for the
@@ -135,7 +136,11 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise LoadError("PyTorch finds no GPU; --device cpu runs without one")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise LoadError(f"PyTorch finds {count} GPUs on this host, and every process takes one; "
+                            f"give torchrun --nproc-per-node {count}")
+        torch.cuda.set_device(local)
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
@@ -148,6 +153,16 @@ def choose_decode(name: str, device: torch.device) -> str:
     if name == "graph":
         raise LoadError("--decode graph needs a GPU")
     return "eager" if name == "auto" else name
+
+
+@contextlib.contextmanager
+def memory_for(what: str):
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise LoadError(f"there is no memory for {what}") from None
 
 
 def load_weights(folder: Path, dtype: str, device: torch.device,
@@ -164,13 +179,15 @@ def load_weights(folder: Path, dtype: str, device: torch.device,
         settings["distributed_config"] = DistributedConfig(tp_plan="auto")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    try:
-        model, loading = architecture.from_pretrained(folder, **settings)
-    except Exception as error:  # of many kinds, from several libraries
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise LoadError(f"transformers cannot load {folder}: {lines[0]}") from None
-    if parallel.world_size() == 1:
-        model = model.to(device)
+    with memory_for(f"the weights of {folder}; torchrun shares them among several GPUs "
+                    "(docs/scaling.md)"):
+        try:
+            model, loading = architecture.from_pretrained(folder, **settings)
+        except Exception as error:  # of many kinds, from several libraries
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise LoadError(f"transformers cannot load {folder}: {lines[0]}") from error
+        if parallel.world_size() == 1:
+            model = model.to(device)
     for what in ("missing_keys", "mismatched_keys"):
         names = sorted(map(str, loading.get(what) or ()))
         # The embedding table is the client's: no row of it is asked for here.
@@ -239,7 +256,10 @@ def load_body(folder: Path, options: argparse.Namespace,
     pages = cache_pages(options, context, kv_bytes * PAGE, device)
     if decode != "eager":
         log("info", f"preparing graphs ({decode})")
-    torch_model = TorchModel(model, ModelOptions(decode, options.max_batch, context, pages, log))
+    with memory_for("KV caches and graphs beside the weights; a smaller --max-kv-mib, "
+                    "--max-context or --max-batch takes less"):
+        torch_model = TorchModel(model,
+                                 ModelOptions(decode, options.max_batch, context, pages, log))
     if parallel.rank() != 0:
         parallel.follow(torch_model, log)
         return None

@@ -153,6 +153,18 @@ def up_to(limit: int, sizes: Sequence[int]) -> list[int]:
     return below + [min(size, limit) for size in sizes if size >= limit][:1]
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Of a GPU or of this machine; also where another error came of it, as at the end of a graph's
+    capture."""
+    while error is not None:
+        if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                or "CUDA error: out of memory" in str(error)
+                or "DefaultCPUAllocator: can't allocate" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 class TorchModel:
     def __init__(self, model: torch.nn.Module, options: ModelOptions):
         """`model`: an AutoModel with attn_implementation=ATTENTION, on its device. Captures every
