@@ -18,8 +18,8 @@ from unittest.mock import patch
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from serve_torch.body import (INVALID_ARGUMENT, WANTED_ALL, WANTED_LAST,  # noqa: E402
-                              WANTED_NONE, BodyInfo, BodyLost, BodyStep)
+from serve_torch.body import (INVALID_ARGUMENT, RESOURCE_EXHAUSTED, WANTED_ALL,  # noqa: E402
+                              WANTED_LAST, WANTED_NONE, BodyInfo, BodyLost, BodyStep)
 
 NONE, LAST, ALL = WANTED_NONE, WANTED_LAST, WANTED_ALL
 HIDDEN, CONTEXT, MAX_BATCH = 32, 256, 4
@@ -250,6 +250,64 @@ def check_cache_size():
     print("ok size of the cache", flush=True)
 
 
+def check_a_cache_that_cannot_grow(seed):
+    """A session's step is refused; the others, and this one later, go on."""
+    import torch
+    random = np.random.default_rng(seed)
+    body, _ = make_body("eager", "cpu", seed)
+    zeros = torch.zeros
+
+    def rows(n):
+        return random.standard_normal((n, HIDDEN)).astype(np.float32)
+
+    def memory_for(tensors, size):
+        """So many tensors of the cache, none of more pages."""
+        left = [tensors]
+
+        def limited(shape, *rest, **named):
+            if len(shape) == 4:
+                left[0] -= 1
+                if left[0] < 0 or shape[0] > size:
+                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to "
+                                       "allocate 1 bytes")
+            return zeros(shape, *rest, **named)
+
+        return patch("torch.zeros", limited)
+
+    def step(session, start, states):
+        ran = BodyStep(session, start, states, ALL)
+        body.run([ran])
+        return ran
+
+    def pages():
+        return {len(getattr(attention, name)) for attention in model._attentions
+                for name in ("key_pages", "value_pages")}
+
+    prompt, more = rows(40), rows(200)
+    [[kept, after]] = run(body, [[(prompt, ALL), (more[:60], ALL)]])
+    body, ranks = make_body("eager", "cpu", seed)
+    model = ranks._model
+    first, second = body.new_session(), body.new_session()
+    assert np.array_equal(step(first, 0, prompt).out, kept) and pages() == {2}
+    for _ in range(2):
+        with memory_for(3, size=100):  # of the four that both layers have
+            assert step(second, 0, more).error.code == RESOURCE_EXHAUSTED
+        assert pages() == {2} and second.kv_len == 0
+        assert np.array_equal(step(first, 0, prompt).out, kept)
+    # A new session takes the page that there is, not one that the refused one gives back.
+    body.release(first)
+    body.release(second)
+    third = body.new_session()
+    with memory_for(0, size=0):
+        assert np.array_equal(step(third, 0, prompt).out, kept)
+    # There is no room for twice as many, but for what is needed.
+    with memory_for(100, size=3):
+        assert np.array_equal(step(third, 40, more[:60]).out, after)
+    assert pages() == {3}
+    body.close()
+    print("ok a cache that cannot grow", flush=True)
+
+
 def check_what_does_not_fit(seed):
     """Models that are too large, and more ranks than GPUs, are the user's to know of in a line."""
     import torch
@@ -320,6 +378,7 @@ def main():
         print(f"ok {decode} on {device}", flush=True)
     check_failures(seed)
     check_cache_size()
+    check_a_cache_that_cannot_grow(seed)
     check_what_does_not_fit(seed)
 
 

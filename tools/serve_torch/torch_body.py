@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import heapq
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,8 @@ class TorchBody(Body):
         self._overflow = overflow_of(ranks.dtype)
         self._grows = pages == 0
         self._n_pages = max(pages, 1)
-        self._free = list(range(self._n_pages - 1, 0, -1))  # page 0 belongs to nobody
+        # A heap, as a cache grows to the highest page in use; page 0 belongs to nobody.
+        self._free = list(range(1, self._n_pages))
 
     def new_session(self) -> Session:
         return Session()
@@ -50,7 +52,8 @@ class TorchBody(Body):
     def release(self, session: Session) -> None:
         if session.pages:
             self._ranks.wipe(np.array(session.pages))
-            self._free += session.pages
+            for page in session.pages:
+                heapq.heappush(self._free, page)
             session.pages = []
         session.kv_len = 0
 
@@ -65,15 +68,15 @@ class TorchBody(Body):
         for group in groups:
             try:
                 rows = self._forward(group)
-            except torch.OutOfMemoryError:
-                for step in group:
-                    step.error = StepError(RESOURCE_EXHAUSTED, "the server's device has no memory "
-                                           "left for this step; try again later, or with a "
-                                           "shorter prompt")
-                continue
             except BodyLost:
                 raise
             except Exception as error:
+                if out_of_memory(error):
+                    for step in group:
+                        step.error = StepError(RESOURCE_EXHAUSTED, "the server's device has no "
+                                               "memory left for this step; try again later, or "
+                                               "with a shorter prompt")
+                    continue
                 if not self._ranks.device_works():
                     raise BodyLost(f"the device can be used no more: {error}") from error
                 raise
@@ -93,7 +96,7 @@ class TorchBody(Body):
             missing = -(-(step.start_pos + len(step.states)) // PAGE) - len(session.pages)
             if self._grows and missing > len(self._free):
                 grown = self._n_pages + missing
-                self._free += range(grown - 1, self._n_pages - 1, -1)
+                self._free += range(self._n_pages, grown)  # higher than all of the heap
                 self._n_pages = grown
             if missing > len(self._free):
                 raise StepError(RESOURCE_EXHAUSTED, "the server's memory for KV caches is full; "
@@ -101,7 +104,7 @@ class TorchBody(Body):
         except StepError as error:
             step.error = error
             return False
-        session.pages += [self._free.pop() for _ in range(missing)]
+        session.pages += [heapq.heappop(self._free) for _ in range(missing)]
         session.kv_len = step.start_pos
         return True
 
@@ -138,8 +141,8 @@ def choose_device(name: str) -> torch.device:
             raise LoadError("PyTorch finds no GPU; --device cpu runs without one")
         local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= count:
-            raise LoadError(f"PyTorch finds {count} GPUs on this host, and every process takes one; "
-                            f"give torchrun --nproc-per-node {count}")
+            raise LoadError(f"PyTorch finds {count} GPUs on this host, and every process takes "
+                            f"one; give torchrun --nproc-per-node {count}")
         torch.cuda.set_device(local)
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

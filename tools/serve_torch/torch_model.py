@@ -207,14 +207,24 @@ class TorchModel:
     # ---- the cache ----
 
     def _resize(self, pages: int) -> None:
-        for attention in self._attentions:
-            for name in ("key_pages", "value_pages"):
-                grown = torch.zeros((pages, *self._page_shape), dtype=self.dtype,
-                                    device=self.device)
-                if self._n_pages > 0:
-                    grown[:self._n_pages] = getattr(attention, name)
-                setattr(attention, name, grown)
+        places = [(attention, name) for attention in self._attentions
+                  for name in ("key_pages", "value_pages")]
+        # All before one is put in: where the memory ends on the way, the cache stays as it was.
+        tensors = [torch.zeros((pages, *self._page_shape), dtype=self.dtype, device=self.device)
+                   for _ in places]
+        for (attention, name), tensor in zip(places, tensors):
+            if self._n_pages > 0:
+                tensor[:self._n_pages] = getattr(attention, name)
+            setattr(attention, name, tensor)
         self._n_pages = pages
+
+    def _grow(self, needed: int) -> None:
+        for pages in (max(needed, 2 * self._n_pages), needed):
+            try:
+                return self._resize(pages)
+            except Exception as error:
+                if pages == needed or not out_of_memory(error):
+                    raise
 
     @torch.no_grad()
     def wipe(self, pages: np.ndarray) -> None:
@@ -241,7 +251,7 @@ class TorchModel:
         memory again. The step is done when this returns, also when nothing comes back."""
         needed = int(table.max()) + 1
         if needed > self._n_pages:
-            self._resize(max(needed, 2 * self._n_pages))
+            self._grow(needed)
         t = states.shape[1]
         if t == 1 and self._graphs:
             return self.decode(states, positions[:, 0].tolist(), table.tolist(), back)
