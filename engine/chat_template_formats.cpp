@@ -164,11 +164,12 @@ constexpr std::string_view kReasoningOfMessage =
 
 absl::StatusOr<ChatFormat> recognise_chatml(Program program) {
   ChatFormat format;
-  bool asks = false;
+  bool asks = false, system_apart = false;
   std::vector<std::string_view> texts = {"<|im_start|>", "\n", kEnd};
   std::vector<std::string_view> outputs = {"content"};
   std::vector<std::string_view> sets = {"content=message.content"};
   for (TemplateStep& step : program) {
+    system_apart |= step.kind == Kind::kOutput && step.text == "messages[0].content";
     if (step.kind == Kind::kOutput && (is_field(step, ".role") || is_field(step, ".content"))) {
       step.text.clear();
     }
@@ -220,7 +221,9 @@ absl::StatusOr<ChatFormat> recognise_chatml(Program program) {
   if (const auto other = first_other_step(program, {texts, outputs, sets})) {
     return unknown(cat("it resembles ChatML, but ", *other));
   }
-  if (!asks || forgets_system(program)) return unknown("it only resembles ChatML");
+  // A system message that is written before the loop is not written in it again; later ones are.
+  const bool once = !system_apart || has(program, Kind::kIf, "not loop.first");
+  if (!asks || !once || forgets_system(program)) return unknown("it only resembles ChatML");
   return format;
 }
 
@@ -264,7 +267,10 @@ absl::StatusOr<ChatFormat> recognise_llama3(Program program) {
   if (const auto other = first_other_step(program, {texts, outputs, sets})) {
     return unknown(cat("it resembles Llama 3, but ", *other));
   }
-  if (!begins || !trims || !asks || forgets_system(program)) {
+  const bool once = !format.dates || (has(program, Kind::kOutput, "date_string") &&
+                                      has(program, Kind::kOutput, "system_message") &&
+                                      has(program, Kind::kSet, "messages=messages[1:]"));
+  if (!begins || !trims || !asks || !once || forgets_system(program)) {
     return unknown("it only resembles Llama 3");
   }
   return format;
