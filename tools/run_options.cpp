@@ -77,7 +77,7 @@ void add_run_flags(CLI::App& app, RunOptions& o) {
   option("--repeat-penalty", o.sampling.repetition_penalty, "Repetition penalty; 1 is off");
   option("-s,--seed", o.sampling.seed, "The same seed gives the same tokens (default: 0)")
       ->check(whole_number());
-  texts("--stop", o.sampling.stop, "End at this text; may be given several times");
+  texts("--stop", o.sampling.stop, "End at this text or special token; may be given several times");
   flag("--ignore-eos", o.ignore_end_tokens, "Go on after the model's end token");
   flag("--chat", o.chat, "Prompts are user messages: apply the model's chat template");
   option("--backend", o.backend, "auto, cpu or cuda")->capture_default_str();

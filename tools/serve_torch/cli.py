@@ -215,7 +215,8 @@ async def serve(options: argparse.Namespace, body: Body, secret_key: bytes, allo
         try:
             port = await server.start(options.listen, credentials)
         except ListenError as error:
-            raise LoadError(str(error)) from None
+            console.log("error", str(error))
+            return EXIT_SERVER
         # One line on stdout, so that a script can wait for it and learn the port.
         host = options.listen.rsplit(":", 1)[0]
         key = format_public_key(public_key_of(secret_key))
