@@ -13,6 +13,7 @@ constexpr std::size_t kLongestEnding = 8;
 
 std::vector<std::int32_t> draft_tokens(std::span<const std::int32_t> history, std::size_t most) {
   std::vector<std::int32_t> draft;
+  if (most == 0) return draft;  // who asks for none pays nothing
   const std::size_t n = history.size();
   // The ending stood before `found`.
   std::size_t longest = kShortestEnding - 1, found = n;
